@@ -1,0 +1,371 @@
+"""The schema of conf/, and the checks that refuse a bad combination before anything is loaded.
+
+The values stand in conf/*.yaml; the dataclasses give their types. Nothing here imports torch, transformers or mlflow.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from src.errors import UserError
+from src.files import digest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from src.layers import Layer
+
+
+@dataclass
+class ModelConfig:
+    name: str
+    source: str  # packaged, hub, tiny
+    id: str | None
+    revision: str | None
+    n_layers: int | None  # known ahead for a packaged model, so that bad layers are refused before loading
+    device: str
+    dtype: str
+    attention: str
+    device_map: str | None
+    trust_remote_code: bool
+    safetensors_only: bool
+
+
+@dataclass
+class QuantConfig:
+    name: str
+    double_quant: bool
+
+
+@dataclass
+class LoraConfig:
+    layers: Any  # a list of layers, all, auto
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: list[str]
+    init: str
+    use_dora: bool
+    use_rslora: bool
+
+
+@dataclass
+class DatasetConfig:
+    source: str  # builtin, freedict, file
+    path: str | None
+    pair: str | None
+    source_column: str | None
+    target_column: str | None
+    source_language: str | None
+    target_language: str | None
+    control_size: int
+    seed: int
+    limit: int | None
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str
+    layer: Any  # a layer, final, a list of them, auto; null is the deepest adapted layer
+    margin: float
+    negatives: str
+    temperature: float
+    one_way: bool
+
+
+@dataclass
+class TrainConfig:
+    epochs: int  # 0 is the pilot alone
+    batch_size: int
+    learning_rate: float
+    warmup: float
+    precision: str
+    seed: int
+
+
+@dataclass
+class EvalConfig:
+    layer: Any  # a layer or final
+    pooling: str
+    exclude_bos: bool
+    template: str
+    measures: list[str]
+    permutations: int
+    probes: bool
+    text: dict[str, str]
+    max_perplexity_increase: float
+
+
+@dataclass
+class TrackingConfig:
+    backend: str  # local, server, off
+    uri: str | None
+    experiment: str
+
+
+@dataclass
+class SweepConfig:
+    force: bool
+    dry_run: bool
+
+
+@dataclass
+class Config:
+    model: ModelConfig
+    quant: QuantConfig
+    lora: LoraConfig
+    dataset: DatasetConfig
+    objective: ObjectiveConfig
+    train: TrainConfig
+    eval: EvalConfig
+    tracking: TrackingConfig
+    sweep: SweepConfig
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.source": ("packaged", "hub", "tiny"),
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.attention": ("sdpa", "eager", "flash_attention_2"),
+    "quant.name": ("none", "nf4", "int8"),
+    "lora.init": ("default", "gaussian", "pissa", "olora"),
+    "dataset.source": ("builtin", "freedict", "file"),
+    "objective.name": ("triplet", "infonce"),
+    "objective.negatives": ("random", "batch", "baseline"),
+    "train.precision": ("float32", "bfloat16"),
+    "eval.pooling": ("mean", "last"),
+    "tracking.backend": ("local", "server", "off"),
+}
+
+# key: (least, most, whether the least itself is allowed)
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "lora.rank": (1, 4096, True),
+    "lora.alpha": (0, math.inf, False),
+    "lora.dropout": (0, 0.99, True),
+    "dataset.control_size": (2, math.inf, True),
+    "dataset.seed": (0, 2**32 - 1, True),
+    "dataset.limit": (4, math.inf, True),
+    "objective.margin": (0, 2, False),
+    "objective.temperature": (0, math.inf, False),
+    "train.epochs": (0, math.inf, True),
+    "train.batch_size": (2, math.inf, True),
+    "train.learning_rate": (0, math.inf, False),
+    "train.warmup": (0, 1, True),
+    "train.seed": (0, 2**32 - 1, True),
+    "eval.permutations": (99, 10_000_000, True),
+    "eval.max_perplexity_increase": (0, math.inf, True),
+}
+
+
+def register() -> None:
+    """Makes the schema known to Hydra, under the name that conf/config.yaml starts from."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def read_config(composed: DictConfig) -> Config:
+    """The validated config of one job, out of what Hydra composed. Raises UserError naming the key."""
+    from omegaconf import OmegaConf
+
+    _refuse_unknown(OmegaConf.to_container(composed), Config)
+    missing = OmegaConf.missing_keys(composed)
+    if missing:
+        raise UserError(f"{min(missing)} has no value: give one, as {min(missing)}=…")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def _refuse_unknown(values: Any, schema: type, prefix: str = "") -> None:
+    """Hydra lets `+lora.new=4` through in spite of the schema."""
+    types = get_type_hints(schema)
+    for key, value in values.items():
+        if key not in types:
+            raise UserError(f"{prefix}{key} is no key of this project: known are {', '.join(sorted(types))}")
+        if is_dataclass(types[key]) and isinstance(types[key], type):
+            _refuse_unknown(value, types[key], f"{prefix}{key}.")
+
+
+def validate(config: Config) -> None:
+    """Refuses values out of range and combinations that cannot work. Raises UserError naming the key."""
+    for key, choices in CHOICES.items():
+        if (value := _get(config, key)) not in choices:
+            raise UserError(f"{key}={value}: must be one of {', '.join(choices)}")
+    for key, (least, most, inclusive) in RANGES.items():
+        value = _get(config, key)
+        if value is not None and not (least <= value <= most if inclusive else least < value <= most):
+            raise UserError(f"{key}={value}: must be {'at least' if inclusive else 'above'} {least:g}{_up_to(most)}")
+    _check_eval(config.eval)
+    _check_sources(config)
+    _check_layers(config, known_depth(config.model))
+
+
+def _up_to(most: float) -> str:
+    return "" if math.isinf(most) else f" and at most {most:g}"
+
+
+def _get(config: Config, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(config, group), name)
+
+
+def _check_eval(config: EvalConfig) -> None:
+    from src.measures import MEASURES
+
+    if config.template.count("{word}") != 1:
+        raise UserError(f"eval.template={config.template!r}: must hold {{word}} once, as in 'The word {{word}}'")
+    unknown = sorted(set(config.measures) - set(MEASURES))
+    if unknown:
+        raise UserError(f"eval.measures: {unknown[0]} is none of {', '.join(MEASURES)}")
+    for language, path in config.text.items():
+        if not Path(path).is_file():
+            raise UserError(f"eval.text.{language}={path}: there is no such file")
+
+
+def _check_sources(config: Config) -> None:
+    model, lora = config.model, config.lora
+    if model.source == "hub" and not model.id:
+        raise UserError("model.id has no value: give a hub id or a local folder, as model.id=Qwen/Qwen3-0.6B")
+    if config.dataset.source == "file" and not config.dataset.path:
+        raise UserError("dataset.path has no value: give a pair file, as dataset.path=words.tsv")
+    if config.dataset.source == "freedict" and not (config.dataset.pair or config.dataset.path):
+        raise UserError("dataset.pair has no value: give a dictionary, as dataset.pair=fra-eng")
+    if not lora.target_modules:
+        raise UserError("lora.target_modules is empty: name the modules to adapt, as [q_proj,v_proj]")
+    if lora.init in ("pissa", "olora") and config.quant.name != "none":
+        raise UserError(
+            f"lora.init={lora.init} edits base weights, which quant={config.quant.name} forbids: use default"
+        )
+    if config.tracking.backend == "server" and not config.tracking.uri:
+        raise UserError("tracking.uri has no value: give the server's address, as tracking.uri=http://127.0.0.1:5000")
+    if not config.tracking.experiment.strip() or "/" in config.tracking.experiment.strip("/"):
+        raise UserError(f"tracking.experiment={config.tracking.experiment!r}: must be a plain name")
+
+
+# --- layers, by the convention of src/layers.py -------------------------------------------------------------
+
+
+def _check_layers(config: Config, n_layers: int | None) -> None:
+    adapted = _layer_list("lora.layers", config.lora.layers, n_layers, words=("all", "auto"), lowest=1)
+    if config.lora.layers == "all" and n_layers:
+        adapted = list(range(1, n_layers + 1))
+    read = _layer_list("objective.layer", config.objective.layer, n_layers, words=("final", "auto"), lowest=1)
+    _layer_list("eval.layer", config.eval.layer, n_layers, words=("final",), lowest=0, one=True)
+    _refuse_dead_adapters(_numbers(adapted), read)
+
+
+def _refuse_dead_adapters(adapted: Sequence[int], read: Sequence[Layer]) -> None:
+    if "final" in read or not read:
+        return
+    deepest = max(_numbers(read))
+    if dead := [layer for layer in adapted if layer > deepest]:
+        raise UserError(
+            f"lora.layers={list(adapted)}: the loss at objective.layer={deepest} gives no gradient to blocks "
+            f"above it ({', '.join(map(str, dead))}): raise objective.layer or drop those blocks"
+        )
+
+
+def _layer_list(
+    key: str, value: Any, n_layers: int | None, *, words: Sequence[str], lowest: int, one: bool = False
+) -> list[Layer]:
+    """The layers named one by one; empty for null and for words that stand for a later choice."""
+    if value is None and key == "objective.layer":
+        return []
+    if value in words and value != "final":
+        return []
+    given: list[Any] = value if isinstance(value, list) else [value]
+    allowed = f"{'a layer' if one else 'a list of layers'} from {lowest} to {n_layers or 'N'} or {' or '.join(words)}"
+    wrong = [layer for layer in given if not _is_layer(layer, n_layers, words, lowest)]
+    if wrong or not given or (one and len(given) != 1):
+        what = f"{wrong[0]} is not possible" if wrong else "must name a layer"
+        raise UserError(f"{key}={value}: {what}; give {allowed}")
+    if len(set(given)) != len(given):
+        raise UserError(f"{key}={value}: names a layer twice")
+    return given
+
+
+def _is_layer(layer: Any, n_layers: int | None, words: Sequence[str], lowest: int) -> bool:
+    if layer == "final":
+        return "final" in words
+    is_number = isinstance(layer, int) and not isinstance(layer, bool)
+    return is_number and lowest <= layer <= (n_layers or math.inf)
+
+
+def _numbers(layers: Sequence[Layer]) -> list[int]:
+    return [layer for layer in layers if layer != "final"]
+
+
+def resolve_layers(config: Config, n_layers: int, auto: int | None = None) -> tuple[list[int], tuple[Layer, ...]]:
+    """(adapted blocks, layers of the loss) for a model of N blocks; `auto` is the pilot's choice, where it was asked.
+
+    Raises UserError where they don't fit the model.
+    """
+    _check_layers(config, n_layers)
+    match config.lora.layers:
+        case "all":
+            adapted = list(range(1, n_layers + 1))
+        case "auto":
+            assert auto is not None
+            adapted = list(range(1, auto + 1))
+        case layers:
+            adapted = sorted(layers if isinstance(layers, list) else [layers])
+    match config.objective.layer:
+        case None:
+            read: list[Layer] = [max(adapted)]
+        case "auto":
+            assert auto is not None
+            read = [max(auto, *adapted)]
+        case layers:
+            named = layers if isinstance(layers, list) else [layers]
+            read = sorted(named, key=lambda layer: n_layers + 1 if layer == "final" else layer)
+    _refuse_dead_adapters(adapted, read)
+    return adapted, tuple(read)
+
+
+def known_depth(model: ModelConfig) -> int | None:
+    """N where it is known without loading: from conf/model, or from a local folder's config.json."""
+    if model.n_layers is None and model.id and (config := Path(model.id) / "config.json").is_file():
+        values = json.loads(config.read_text())
+        values = values.get("text_config", values)
+        return values.get("num_hidden_layers") or values.get("n_layer")
+    return model.n_layers
+
+
+def config_hash(config: Config) -> str:
+    """Names a setting: two jobs with the same hash give the same numbers. Tracking and sweep keys don't count."""
+    values = {name: value for name, value in asdict(config).items() if name not in ("tracking", "sweep")}
+    return digest(json.dumps(values, sort_keys=True))[:16]
+
+
+def run_name(config: Config) -> str:
+    """A short name that tells a sweep's jobs apart: "r16 L1,2 infonce"; "pilot" where nothing is trained."""
+    if config.train.epochs == 0:
+        return f"pilot {config.model.name}"
+    layers = config.lora.layers
+    blocks = ",".join(map(str, layers)) if isinstance(layers, list) else str(layers)
+    read = config.objective.layer
+    at = "" if read is None else f"@{','.join(map(str, read)) if isinstance(read, list) else read}"
+    return f"r{config.lora.rank} L{blocks} {config.objective.name}{at}"
+
+
+def params(config: Config, n_layers: int) -> dict[str, str]:
+    """The resolved config, flattened to `group.key`, with the number of adapted blocks as `lora.n_layers`."""
+    values = {"lora.n_layers": str(n_adapted(config, n_layers))}
+    for group, keys in asdict(config).items():
+        values |= {
+            f"{group}.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in keys.items()
+        }
+    return values
+
+
+def n_adapted(config: Config, n_layers: int) -> int:
+    """How many blocks are adapted; 0 where nothing is trained, and where `auto` has yet to choose."""
+    if config.train.epochs == 0 or "auto" in (config.lora.layers, config.objective.layer):
+        return 0
+    return len(resolve_layers(config, n_layers)[0])

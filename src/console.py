@@ -1,0 +1,105 @@
+"""What a person sees on the terminal: progress bars, the table of a run's result, one-line errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
+    """The items, with a progress bar on stderr that shows the time left; silent when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, description=f"{description:24}", console=Console(stderr=True), transient=True)
+
+
+def say(message: str) -> None:
+    """A line of news on stderr; silent when stderr is no terminal."""
+    if sys.stderr.isatty():
+        print(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+ROWS = (  # key in results.json without the split, what a reader calls it
+    ("pair_cosine", "pair cosine"),
+    ("margin", "margin over mismatched"),
+    ("csls_p_at_1", "retrieval (CSLS P@1)"),
+)
+TESTS = (
+    ("t_pvalue", "paired t-test p, cosine"),
+    ("specificity_pvalue", "specificity p"),
+    ("gain_ci", "cosine gain, 95 % interval"),
+    ("cohens_dz", "Cohen's d_z"),
+)
+PROBES = (("lm/perplexity_", "perplexity, {}"), ("translation/accuracy", "translates right of 10"))
+
+
+def result_table(results: Mapping[str, Any], eval_layer: str, folder: str, link: str | None) -> str:
+    """The result of a run as text, at most 100 columns wide."""
+    from rich.console import Console
+    from rich.table import Table
+
+    trained = results.get("control/pair_cosine_after") is not None
+    console = Console(width=100, file=None, highlight=False)
+    columns = ["before", "after", "gain"] if trained else ["before"]
+    with console.capture() as capture:
+        table = Table(title=f"at layer {eval_layer}", title_justify="left", box=None, pad_edge=False, padding=(0, 2))
+        table.add_column("")
+        for split in ("train", "control"):
+            for column in columns:
+                table.add_column(f"{split} {column}" if column == columns[0] else column, justify="right")
+        for key, label in ROWS:
+            cells = [_change(results, f"{split}/{key}", columns) for split in ("train", "control")]
+            table.add_row(label, *cells[0], *cells[1])
+        console.print(table)
+        for line in _test_lines(results) if trained else []:
+            console.print(line)
+        for line in _probe_lines(results):
+            console.print(line)
+        if trained:
+            console.print(f"\n[bold]verdict: {results['verdict']}[/bold]  {results['verdict_reason']}", soft_wrap=True)
+        console.print(f"\nresults  {folder}", soft_wrap=True)
+        if link:
+            console.print(f"in MLflow  {link}", soft_wrap=True)
+    return capture.get()
+
+
+def _change(results: Mapping[str, Any], key: str, columns: Sequence[str]) -> list[str]:
+    before, after = results[f"{key}_before"], results.get(f"{key}_after")
+    values = {"before": f"{before:.4f}"}
+    if after is not None:
+        values |= {"after": f"{after:.4f}", "gain": f"{after - before:+.4f}"}
+    return [values[column] for column in columns]
+
+
+def _test_lines(results: Mapping[str, Any]) -> Iterable[str]:
+    yield ""
+    for key, label in TESTS:
+        cells = []
+        for split in ("train", "control"):
+            if key == "gain_ci":
+                cell = f"{results[f'{split}/gain_ci_low']:+.4f} … {results[f'{split}/gain_ci_high']:+.4f}"
+            else:
+                cell = f"{results[f'{split}/{key}']:.3g}"
+            cells.append(f"{split} {cell:22}")
+        yield f"{label:28}{cells[0]}  {cells[1]}".rstrip()
+
+
+def _probe_lines(results: Mapping[str, Any]) -> Iterable[str]:
+    for prefix, label in PROBES:
+        for key in sorted(key for key in results if key.startswith(prefix) and key.endswith("_before")):
+            after = results.get(key.removesuffix("_before") + "_after")
+            name = label.format(key.removeprefix(prefix).removesuffix("_before"))
+            change = "" if after is None else f" → {after:.4g}"
+            yield f"{name:28}{results[key]:.4g}{change}"

@@ -1,0 +1,315 @@
+"""The layer convention, the forward that stops at a layer, and the encoding of words at every layer.
+
+Layers are numbered by hidden state: 0 is the input embeddings, k (1…N) the residual stream after block k,
+"final" what follows the model's final norm. This file alone turns them into indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from src.errors import UserError
+
+with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
+    from jaxtyping import Float, Int
+
+Layer = int | Literal["final"]
+Pooling = Literal["mean", "last"]
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+# --- the convention -----------------------------------------------------------------------------------------
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder's blocks, block 1 first. Raises UserError where the architecture has no such list."""
+    count = depth(model)
+    for module in _decoder(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(
+        f"model.id: {type(model).__name__} is no decoder with a list of {count} blocks, so it has no layers"
+    )
+
+
+def depth(model: nn.Module) -> int:
+    """N, the number of blocks."""
+    return _text_config(model).num_hidden_layers
+
+
+def width(model: nn.Module) -> int:
+    """d, the width of a hidden state."""
+    return _text_config(model).hidden_size
+
+
+def all_layers(n_layers: int) -> list[Layer]:
+    """0, 1, …, N, "final"."""
+    return [*range(n_layers + 1), "final"]
+
+
+def step(layer: Layer, n_layers: int) -> int:
+    """Where a layer stands on a plot's or MLflow's axis: its number, and N+1 for "final"."""
+    return n_layers + 1 if layer == "final" else layer
+
+
+def peft_indices(layers: Sequence[int]) -> list[int]:
+    """PEFT's 0-based `layers_to_transform` for the blocks that produce these layers."""
+    return [layer - 1 for layer in layers]
+
+
+# --- from words to token ids --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of one word in its template; positions start…stop-1 are pooled."""
+
+    ids: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def tokenize(
+    words: Sequence[str],
+    tokenizer: Any,
+    *,
+    template: str = "{word}",
+    pooling: Pooling = "mean",
+    exclude_bos: bool = True,
+) -> list[Prompt]:
+    """Tokenizes each word in the template and marks the tokens to pool.
+
+    "mean" pools all tokens of a bare word (the paper, section 3), or, in a longer template, the tokens that
+    overlap the word. "last" reads the prompt's last token (PromptEOL, Jiang et al. 2023). `exclude_bos` leaves a
+    leading BOS out of the mean: it is an attention sink, the same for every word.
+
+    Raises UserError for a word that yields no token.
+    """
+    if not words:
+        return []
+    before = template.index("{word}")
+    bare = template == "{word}"
+    encoded = tokenizer([template.replace("{word}", word) for word in words], return_offsets_mapping=not bare)
+    prompts = []
+    for i, (word, ids) in enumerate(zip(words, encoded["input_ids"], strict=True)):
+        if pooling == "last":
+            start, stop = len(ids) - 1, len(ids)
+        elif bare:
+            has_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
+            start, stop = int(exclude_bos and has_bos), len(ids)
+        else:
+            start, stop = _overlap(encoded["offset_mapping"][i], before, before + len(word))
+        if not 0 <= start < stop:
+            raise UserError(f"the word {word!r} yields no token of this model's vocabulary: take it out of the pairs")
+        prompts.append(Prompt(tuple(ids), start, stop))
+    return prompts
+
+
+def _overlap(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
+    inside = [i for i, (first, last) in enumerate(offsets) if first < stop and last > start]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+# --- the forward --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and the matrix that pools each prompt's tokens out of all tokens of the batch.
+
+    `position_ids` restart at 0 for each prompt of a packed batch; a stacked batch needs none.
+    """
+
+    input_ids: Int[Tensor, "rows length"]
+    position_ids: Int[Tensor, "rows length"] | None
+    pool: Float[Tensor, "prompts tokens"]
+
+
+def stacked(prompts: Sequence[Prompt]) -> Batch:
+    """A batch of prompts with the same number of tokens, one a row: nothing is padded, on any architecture."""
+    input_ids = torch.tensor([prompt.ids for prompt in prompts])
+    return Batch(input_ids, None, _pool_matrix(prompts))
+
+
+def packed(prompts: Sequence[Prompt]) -> Batch:
+    """A batch of prompts one behind the other in a single row: one forward over the real tokens alone.
+
+    transformers masks attention between prompts where the position ids restart; `packs` checks that it does.
+    """
+    input_ids = torch.tensor([[token for prompt in prompts for token in prompt.ids]])
+    position_ids = torch.tensor([[position for prompt in prompts for position in range(len(prompt.ids))]])
+    return Batch(input_ids, position_ids, _pool_matrix(prompts))
+
+
+def pooled_states(
+    model: nn.Module, batch: Batch, layers: Sequence[Layer]
+) -> Iterator[tuple[Layer, Float[Tensor, "prompts d"]]]:
+    """Unit vectors of a batch's prompts at each of the layers, in order of depth; blocks above the last don't run.
+
+    Pooling happens inside the forward, so that a layer's hidden states are gone before the next layer's exist.
+    """
+    read: dict[Layer, Tensor] = {}
+    with _read_states(model, layers, lambda layer, hidden: read.__setitem__(layer, _pool(hidden, batch.pool))):
+        device = _input_device(model)
+        kwargs = {} if batch.position_ids is None else {"position_ids": batch.position_ids.to(device)}
+        with suppress(_Stop):
+            output = _decoder(model)(input_ids=batch.input_ids.to(device), use_cache=False, **kwargs)
+            if "final" in layers:
+                read["final"] = _pool(output[0], batch.pool)
+    yield from read.items()
+
+
+@contextmanager
+def _read_states(model: nn.Module, layers: Sequence[Layer], read: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """Hooks that hand each wanted layer's hidden states to `read`, and stop the forward at the deepest one.
+
+    A hook on the blocks works for every decoder and leaves the model as it was, unlike cutting its list of blocks.
+    """
+    numbers = [layer for layer in layers if layer != "final"]
+    last = None if "final" in layers else max(numbers)
+    stack = blocks(model)
+
+    def before_first(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        read(0, args[0] if args else kwargs["hidden_states"])
+        if last == 0:
+            raise _Stop
+
+    def after(layer: int) -> Callable[[nn.Module, tuple, Any], None]:
+        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+            read(layer, output[0] if isinstance(output, tuple) else output)
+            if layer == last:
+                raise _Stop
+
+        return hook
+
+    handles = [stack[layer - 1].register_forward_hook(after(layer)) for layer in numbers if layer > 0]
+    if 0 in numbers:
+        handles.append(stack[0].register_forward_pre_hook(before_first, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Stop(Exception):  # noqa: N818 (not an error: the forward has gone as deep as it must)
+    pass
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether this model keeps packed prompts apart, seen by comparing a packed with a stacked forward."""
+    top = min(1000, _text_config(model).vocab_size)
+    prompts = [Prompt(tuple((7 * i + j * 31) % top for j in range(4)), 0, 4) for i in range(3)]
+    with torch.inference_mode(), _evaluating(model):
+        try:
+            apart = dict(pooled_states(model, stacked(prompts), ["final"]))["final"]
+            together = dict(pooled_states(model, packed(prompts), ["final"]))["final"]
+        except TypeError:  # an architecture without position_ids
+            return False
+    tolerance = 1e-4 if apart.dtype == together.dtype == model_dtype(model) == torch.float32 else 3e-2
+    return torch.allclose(apart, together, atol=tolerance)
+
+
+# --- encoding -----------------------------------------------------------------------------------------------
+
+
+def encode(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    *,
+    layers: Sequence[Layer] | None = None,
+    out: Float[Tensor, "layers prompts d"] | None = None,
+    progress: Progress | None = None,
+) -> Float[Tensor, "layers prompts d"]:
+    """Unit vectors of prompts at the given layers (all by default), float32 on the CPU, in the prompts' order.
+
+    Each distinct prompt is run once, in batches of equal token count, so that the result depends neither on the
+    order nor on what else is in the batch. `out` receives the vectors (a memory-mapped tensor, say).
+    """
+    layers = all_layers(depth(model)) if layers is None else layers
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    if out is None:
+        out = torch.empty(len(layers), len(prompts), width(model))
+    where: list[list[int]] = [[] for _ in row_of]
+    for column, prompt in enumerate(prompts):
+        where[row_of[prompt]].append(column)
+    place = {layer: index for index, layer in enumerate(layers)}
+    batches = _equal_length_batches(list(row_of), token_budget(model))
+    with torch.inference_mode(), _evaluating(model):
+        for batch in progress(batches, "Encoding words") if progress else batches:
+            rows = [row_of[prompt] for prompt in batch]
+            columns = torch.tensor([column for row in rows for column in where[row]])
+            repeats = torch.tensor([i for i, row in enumerate(rows) for _ in where[row]])
+            for layer, vectors in pooled_states(model, stacked(batch), layers):
+                out[place[layer], columns] = vectors.cpu()[repeats]
+    return out
+
+
+def token_budget(model: nn.Module) -> int:
+    """Tokens a batch may hold: enough to fill the device, few enough for its caches."""
+    return 512 if _input_device(model).type == "cpu" else 8192
+
+
+def _equal_length_batches(prompts: Sequence[Prompt], budget: int) -> list[list[Prompt]]:
+    batches: list[list[Prompt]] = []
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
+        fits = batches and len(batches[-1][0].ids) == len(prompt.ids)
+        if fits and (len(batches[-1]) + 1) * len(prompt.ids) <= budget:
+            batches[-1].append(prompt)
+        else:
+            batches.append([prompt])
+    return batches
+
+
+# --- small parts --------------------------------------------------------------------------------------------
+
+
+def _pool_matrix(prompts: Sequence[Prompt]) -> Float[Tensor, "prompts tokens"]:
+    matrix = torch.zeros(len(prompts), sum(len(prompt.ids) for prompt in prompts))
+    offset = 0
+    for row, prompt in enumerate(prompts):
+        matrix[row, offset + prompt.start : offset + prompt.stop] = 1 / (prompt.stop - prompt.start)
+        offset += len(prompt.ids)
+    return matrix
+
+
+def _pool(
+    hidden: Float[Tensor, "rows length d"], matrix: Float[Tensor, "prompts tokens"]
+) -> Float[Tensor, "prompts d"]:
+    mean = matrix.to(hidden.device) @ hidden.flatten(0, 1).float()
+    return functional.normalize(mean, dim=-1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The floating type the model computes in."""
+    return _text_config(model).dtype or torch.float32
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    return base.get_decoder()  # pyright: ignore
+
+
+def _text_config(model: nn.Module) -> Any:
+    return model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    return _decoder(model).get_input_embeddings().weight.device  # pyright: ignore

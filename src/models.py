@@ -1,0 +1,299 @@
+"""Loads a model and its tokenizer, quantises them, and attaches and detaches LoRA adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.config import LoraConfig, ModelConfig, QuantConfig
+from src.errors import UserError
+from src.files import digest
+from src.layers import blocks, depth, peft_indices
+from src.packaged import packaged_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NETWORK_SECONDS = 5  # what an unreachable hub may cost before the user is told
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model ready to encode, and the digest of all that its hidden states depend on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: str
+    revision: str
+
+    @property
+    def n_layers(self) -> int:
+        return depth(self.model)
+
+
+def load_model(model: ModelConfig, quant: QuantConfig) -> LoadedModel:
+    """The model that the config names, in evaluation mode; loaded once a process and shared by its jobs.
+
+    Raises UserError naming the key for an absent model or package, an absent GPU, weights that aren't safetensors.
+    """
+    return _load(json.dumps(asdict(model)), json.dumps(asdict(quant)))
+
+
+@cache
+def _load(model_json: str, quant_json: str) -> LoadedModel:
+    config, quant = ModelConfig(**json.loads(model_json)), QuantConfig(**json.loads(quant_json))
+    device = _device(config)
+    if config.source == "tiny":
+        model, tokenizer = _tiny(config.n_layers or 4)
+        model.to(device)  # pyright: ignore[reportArgumentType]
+        revision = "tiny"
+    else:
+        folder, revision = _locate(config)
+        model, tokenizer = _from_folder(folder, config, quant, device)
+    model.eval().requires_grad_(False)
+    if config.n_layers is not None and depth(model) != config.n_layers:
+        raise UserError(f"model.n_layers={config.n_layers}, but {config.name} has {depth(model)} blocks: mend the key")
+    return LoadedModel(model, tokenizer, _identity(model, tokenizer, model_json, quant_json, revision), revision)
+
+
+def _identity(model: PreTrainedModel, tokenizer: Any, model_json: str, quant_json: str, revision: str) -> str:
+    """Names the weights and the arithmetic, so that a cached encoding is used for these alone."""
+    import torch
+    import transformers
+
+    versions = f"torch {torch.__version__} transformers {transformers.__version__} {model.device.type}"
+    return digest(model_json, quant_json, revision, versions, str(len(tokenizer)))
+
+
+# --- where the weights come from ----------------------------------------------------------------------------
+
+
+def _device(config: ModelConfig) -> str:
+    import torch
+
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"model.device={config.device}: torch sees no GPU here; set model.device=auto or cpu")
+    try:
+        torch.device(config.device)
+    except RuntimeError as error:
+        raise UserError(f"model.device={config.device}: must be auto, cpu, cuda or cuda:<number>") from error
+    return config.device
+
+
+def _locate(config: ModelConfig) -> tuple[Path, str]:
+    """(folder of the model, its revision)."""
+    assert config.id
+    if config.source == "packaged":
+        folder = packaged_folder(config.id)
+        return folder, (folder / "source.sha256").read_text()
+    if Path(config.id).is_dir():
+        return Path(config.id), _folder_state(Path(config.id))
+    if Path(config.id).is_absolute() or config.id.startswith((".", "~")):
+        raise UserError(f"model.id={config.id}: there is no such folder")
+    return _from_hub(config)
+
+
+def _folder_state(folder: Path) -> str:
+    """Changes whenever a file of the folder is written; to hash gigabytes at each start would cost more than a run."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if not any(path.suffix == ".json" for path in files):
+        raise UserError(f"model.id={folder}: this folder holds no model (no config.json)")
+    return digest(*(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files))[:16]
+
+
+def _from_hub(config: ModelConfig) -> tuple[Path, str]:
+    """Downloads the revision unless the hub's cache has it. An unreachable hub is told within seconds."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    assert config.id
+    files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    if not config.safetensors_only:
+        files.append("*.bin")
+    if config.trust_remote_code:
+        files.append("*.py")
+    try:
+        folder = Path(
+            snapshot_download(config.id, revision=config.revision, allow_patterns=files, local_files_only=True)
+        )
+        if any(folder.glob("*.safetensors")) or not config.safetensors_only:
+            return folder, folder.name
+    except (LocalEntryNotFoundError, ValueError):
+        pass
+    absent = f"model.id={config.id} is not in this machine's cache"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{absent} and HF_HUB_OFFLINE is set: unset it, or give a local folder as model.id")
+    try:
+        info = HfApi().model_info(config.id, revision=config.revision, timeout=NETWORK_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"model.id={config.id}: no such model on the hub, or a gated one (then set HF_TOKEN)"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"{absent}, and the hub refused it ({error.response.status_code}): check model.revision"
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"{absent} and the hub can't be reached: connect, or give a local folder as model.id"
+        ) from error
+    return Path(snapshot_download(config.id, revision=info.sha, allow_patterns=files)), str(info.sha)
+
+
+def _from_folder(
+    folder: Path, config: ModelConfig, quant: QuantConfig, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.disable_progress_bar()
+    if config.safetensors_only and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.id={config.id}: holds no safetensors, and other weights can run code when loaded; "
+            "convert them, or set model.safetensors_only=false"
+        )
+    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **common)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=config.safetensors_only or None,
+            quantization_config=_quantization(quant),
+            device_map=config.device_map or device,
+            **common,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.id={config.id}: can't be loaded: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _quantization(quant: QuantConfig) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    match quant.name:
+        case "nf4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_use_double_quant=quant.double_quant,
+            )
+        case "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def _tiny(n_layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random Llama of width 64 whose tokens are single characters; the same on every machine."""
+    import torch
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    characters = [*string.printable, *(chr(code) for code in range(0xC0, 0x250))]
+    vocabulary = {token: number for number, token in enumerate(["<unk>", *characters])}
+    characterwise = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    characterwise.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characterwise, unk_token="<unk>", pad_token="<unk>")
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # wide enough that attention has something to say
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config), tokenizer
+
+
+# --- adapters -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def adapter(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[int], *, seed: int) -> Iterator[PeftModel]:
+    """Attaches a LoRA adapter to the blocks that produce `layers`; leaves the model bit-identical to what it was.
+
+    Raises UserError where a block lacks one of the target modules.
+    """
+    import torch
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    expected = _target_names(model, lora, layers)
+    modules = dict(model.named_modules())
+    edited = lora.init in ("pissa", "olora")  # these two take the adapter out of the base weights
+    kept = {name: modules[name].weight.detach().clone() for name in expected} if edited else {}
+    config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        layers_to_transform=peft_indices(layers),
+        layers_pattern=_blocks_name(model),
+        init_lora_weights=True if lora.init == "default" else lora.init,  # pyright: ignore[reportArgumentType]
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    try:
+        found = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
+        assert found == expected, f"adapted {sorted(found ^ expected)} by mistake"
+        yield adapted  # pyright: ignore[reportReturnType]
+    finally:
+        adapted.base_model.unload()
+        for name, weight in kept.items():
+            model.get_submodule(name).weight.data.copy_(weight)  # pyright: ignore
+
+
+def _blocks_name(model: PreTrainedModel) -> str:
+    stack = blocks(model)
+    return next(name for name, module in model.named_modules() if module is stack).rpartition(".")[2]
+
+
+def _target_names(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[int]) -> set[str]:
+    """Full names of the modules to adapt."""
+    stack = blocks(model)
+    prefix = next(name for name, module in model.named_modules() if module is stack)
+    names = set()
+    for index in peft_indices(layers):
+        inside = {name for name, module in stack[index].named_modules() if hasattr(module, "weight") and name}
+        for target in lora.target_modules:
+            matching = {name for name in inside if name == target or name.endswith(f".{target}")}
+            if not matching:
+                known = sorted({name.rpartition(".")[2] for name in inside if "norm" not in name})
+                raise UserError(
+                    f"lora.target_modules: this model's blocks have no {target}; they have {', '.join(known)}"
+                )
+            names |= {f"{prefix}.{index}.{name}" for name in matching}
+    return names
+
+
+def save_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Writes the adapter so that `PeftModel.from_pretrained(base, folder)` gives this model again."""
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)  # pyright: ignore[reportArgumentType]

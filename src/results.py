@@ -1,0 +1,84 @@
+"""The job folder: what a run found, written whole. Tracking, plots and reports are made from these files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from src.files import write_text
+
+LAYER_COLUMNS = ("layer", "stage", "split", "measure", "value")
+PAIR_COLUMNS = ("source", "target", "split", "cosine_before", "cosine_after", "rank_before", "rank_after")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "mlflow", "hydra-core", "scipy", "numpy")
+
+
+def write_job(
+    folder: Path,
+    results: Mapping[str, Any],
+    layers: Sequence[Sequence[Any]],
+    pairs: Sequence[Sequence[Any]],
+    losses: Sequence[float],
+    specificity: Mapping[str, Any],
+) -> None:
+    """Writes all of a job's tables and figures, and results.json last: where it stands, the job is whole.
+
+    Raises ValueError for a number that isn't finite: none may pass for a result.
+    """
+    from src.plots import draw_all
+
+    for key, value in results.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}: not a result")
+    write_table(folder / "layers.csv", LAYER_COLUMNS, layers)
+    write_table(folder / "pairs.csv", PAIR_COLUMNS, pairs)
+    if losses:
+        write_table(folder / "training.csv", ("step", "loss"), enumerate(losses, start=1))
+    draw_all(
+        folder,
+        layers=read_table(folder / "layers.csv"),
+        pairs=read_table(folder / "pairs.csv"),
+        null={split: result.null for split, result in specificity.items()},
+        observed={split: result.gain for split, result in specificity.items()},
+        title=results["name"],
+    )
+    write_text(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file, atomically."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, by column."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with: Python, the main packages."""
+    found = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def git_commit() -> str:
+    """The project's commit, with "+changes" where the working tree differs from it; "unknown" outside of git."""
+    root = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, capture_output=True, check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+changes" if changes.returncode else "")

@@ -1,0 +1,149 @@
+"""One run of Targeted Lexical Injection: measure every layer, train an early adapter, measure again, judge, track.
+
+python -m src.run lora.layers=[1,2]
+python -m src.run -m lora.layers='[1],[2],[1,2]' lora.rank=4,16
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from src import console
+from src.config import Config, read_config, register
+from src.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from omegaconf import DictConfig
+
+ROOT = Path(__file__).parent.parent
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, folder: Path) -> dict[str, Any]:
+    """The whole method: fills the job folder, tracks it, prints the result and returns what results.json holds.
+
+    Raises UserError for input that the user can mend, NumbersError where a number isn't finite.
+    """
+    from src import results, study, tracking
+    from src.models import adapter, load_model, save_adapter
+
+    clock = _Clock()
+    lexicon, words = study.read_words(config.dataset)
+    store = tracking.open_store(config.tracking, ROOT)  # refused, where it can't be written, before the model loads
+    with clock.timing("load"):
+        loaded = load_model(config.model, config.quant)
+    it = study.prepare(config, lexicon, words, loaded)
+    found: dict[str, Any] = study.describe(it)
+
+    with tracking.tracked(folder, store, found) as run_id:
+        with clock.timing("encode"):
+            before = study.encode_before(it, console.progress)
+        layers = study.measure_layers(it, before, "pilot", ["all"], console.progress)
+        found |= study.probe(it, loaded.model, "before", console.progress)
+        after, losses, specificity = None, [], {}
+        if config.train.epochs:
+            blocks, read, why = study.choose_layers(it, before)
+            log.info("adapters in blocks %s, loss at %s%s", blocks, read, f": {why}" if why else "")
+            with adapter(loaded.model, config.lora, blocks, seed=config.train.seed) as model:
+                with clock.timing("train"):
+                    losses = study.train_adapter(it, model, read, console.progress)
+                save_adapter(model, folder / "adapter")
+                after = study.encode_after(it, model, console.progress)
+                found |= study.probe(it, model, "after", console.progress)
+            layers += study.measure_layers(it, before, "before", ["train", "control"], console.progress)
+            layers += study.measure_layers(it, after, "after", ["train", "control"], console.progress)
+        conclusion, specificity = study.conclude(it, before, after, found)
+        found |= conclusion | clock.seconds() | {"mlflow_run_id": run_id}
+        results.write_job(folder, found, layers, study.pair_rows(it, before, after), losses, specificity)
+    print(console.result_table(found, str(config.eval.layer), str(folder), tracking.link(store, run_id)), end="")
+    return found
+
+
+class _Clock:
+    """Seconds of the parts of a run, under their MLflow names."""
+
+    def __init__(self) -> None:
+        self._start = perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        began = perf_counter()
+        yield
+        self._seconds[f"time/{part}_s"] = perf_counter() - began
+
+    def seconds(self) -> dict[str, float]:
+        return self._seconds | {"time/total_s": perf_counter() - self._start}
+
+
+def job(composed: DictConfig) -> Exception | None:
+    """What Hydra calls for each job: one run in Hydra's folder. Returns the error that ended it, for `main` to report.
+
+    The error is not raised: Hydra would print an account of its own, and stop a sweep's other jobs from being seen.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        run(read_config(composed), folder)
+    except Exception as error:
+        log.error("%s", error, exc_info=not isinstance(error, UserError))
+        _errors.append((folder, error))
+        return error
+    return None
+
+
+_errors: list[tuple[Path, Exception]] = []  # of this process's jobs; Hydra's own main returns nothing
+
+
+def main() -> int:
+    """The command. Exit status: 0, 1 for a failed job, 2 for bad input, 130 or 143 where a signal ended it."""
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    register()
+    try:
+        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
+    except KeyboardInterrupt:
+        console.fail("interrupted")
+        return 130
+    except Exception as error:
+        return _report(error, None)
+    return max((_report(error, folder) for folder, error in _errors), default=0)
+
+
+def _report(error: Exception, folder: Path | None) -> int:
+    """One line on stderr; the traceback as well where TLI_DEBUG asks for it."""
+    if os.environ.get("TLI_DEBUG"):
+        traceback.print_exception(error)
+    if isinstance(error, UserError):
+        console.fail(str(error))
+        return 2
+    if folder is None and type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        console.fail(_hydra_line(error))
+        return 2
+    where = f"; {folder}/run.log has the traceback" if folder else ""
+    console.fail(f"the job failed: {type(error).__name__}: {error}{where}")
+    return 1
+
+
+def _hydra_line(error: BaseException) -> str:
+    """The telling lines of Hydra's message and of its cause."""
+    lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
+    noise = ("full_key:", "object_type=", "See https:", "Set the environment", "reference_type=")
+    return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""The steps of a run: words become prompts, prompts vectors, vectors measures, evidence and a verdict."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from src.baseline import baseline_encoding
+from src.config import Config, DatasetConfig, EvalConfig, config_hash, params, resolve_layers, run_name
+from src.errors import UserError
+from src.evidence import SpecificityResult, gather_evidence, judge
+from src.layers import Layer, Progress, Prompt, all_layers, encode, tokenize
+from src.measures import measure, pair_cosines, retrieval_ranks
+from src.models import LoadedModel
+from src.pairs import Lexicon, Pair, Split, read_pairs, relevant
+from src.pairs import split as split_pairs
+from src.probes import perplexity, translation_accuracy
+from src.results import git_commit, versions
+from src.tracking import public_uri
+from src.training import NumbersError, Objective, Schedule, train
+
+Stage = Literal["pilot", "before", "after"]
+SplitName = Literal["all", "train", "control"]
+SPLITS: tuple[SplitName, ...] = ("train", "control")
+LayerRow = tuple[Layer, Stage, SplitName, str, float]
+
+log = logging.getLogger(__name__)
+TEXTS = Path(__file__).parent.parent / "data" / "text"
+EXAMPLES = 5  # solved translations in the prompt of the word translation probe
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a run works on: a model, and pairs as its prompts, the train split's first."""
+
+    config: Config
+    loaded: LoadedModel
+    lexicon: Lexicon
+    words: Split
+    source: list[Prompt]
+    target: list[Prompt]
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        return self.words.train + self.words.control
+
+    @property
+    def layers(self) -> list[Layer]:
+        return all_layers(self.loaded.n_layers)
+
+    @property
+    def eval_index(self) -> int:
+        return self.layers.index(self.config.eval.layer)
+
+    def rows(self, split: SplitName) -> slice:
+        n_train = len(self.words.train)
+        return {"all": slice(None), "train": slice(n_train), "control": slice(n_train, None)}[split]
+
+    def relevant(self, split: SplitName) -> Tensor:
+        return torch.from_numpy(relevant(self.pairs[self.rows(split)], self.lexicon.pairs))
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Unit vectors of all pairs at all layers: Float[Tensor, "layers pairs d"] each."""
+
+    source: Tensor
+    target: Tensor
+
+    def at(self, layer_index: int, rows: slice) -> tuple[Tensor, Tensor]:
+        return self.source[layer_index, rows], self.target[layer_index, rows]
+
+
+def read_words(config: DatasetConfig) -> tuple[Lexicon, Split]:
+    """The cleaned pairs and their split. Raises UserError naming the file, line or key."""
+    values = asdict(config)
+    control_size = values.pop("control_size")
+    lexicon = read_pairs(**values)
+    return lexicon, split_pairs(lexicon, control_size=control_size, seed=config.seed)
+
+
+def prepare(config: Config, lexicon: Lexicon, words: Split, loaded: LoadedModel) -> Study:
+    """Tokenizes the pairs and checks the layers against the model. Raises UserError for what doesn't fit it."""
+    if "auto" not in (config.lora.layers, config.objective.layer):
+        resolve_layers(config, loaded.n_layers)
+    how: dict[str, Any] = {
+        "template": config.eval.template,
+        "pooling": config.eval.pooling,
+        "exclude_bos": config.eval.exclude_bos,
+    }
+    pairs = words.train + words.control
+    source = tokenize([pair.source for pair in pairs], loaded.tokenizer, **how)
+    target = tokenize([pair.target for pair in pairs], loaded.tokenizer, **how)
+    return Study(config, loaded, lexicon, words, source, target)
+
+
+def describe(study: Study) -> dict[str, Any]:
+    """What names a run and its input, ahead of any number."""
+    config, lexicon = study.config, study.lexicon
+    return {
+        "name": run_name(config),
+        "config_hash": config_hash(config),
+        "params": {key: public_uri(value) for key, value in params(config, study.loaded.n_layers).items()},
+        "model_revision": study.loaded.revision,
+        "dataset": {
+            "name": config.dataset.pair or config.dataset.source,
+            "digest": lexicon.digest,
+            "source": lexicon.origin,
+            "languages": f"{lexicon.source_language}-{lexicon.target_language}",
+            "train": str(len(study.words.train)),
+            "control": str(len(study.words.control)),
+        },
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def encode_before(study: Study, progress: Progress) -> Encoding:
+    """The untouched model's vectors, from the cache where an earlier run made them."""
+    return _encoding(study, baseline_encoding(study.loaded, study.source + study.target, progress))
+
+
+def encode_after(study: Study, model: nn.Module, progress: Progress) -> Encoding:
+    """The adapted model's vectors."""
+    return _encoding(study, encode(model, study.source + study.target, progress=progress))
+
+
+def _encoding(study: Study, vectors: Tensor) -> Encoding:
+    finite = torch.isfinite(vectors).all(dim=2).all(dim=1)
+    if not finite.all():
+        layer = study.layers[int(finite.int().argmin())]
+        raise NumbersError(
+            f"hidden states at layer {layer} are not finite numbers: the weights are damaged, or overflow in "
+            f"model.dtype={study.config.model.dtype} (try bfloat16 or float32)"
+        )
+    return Encoding(vectors[:, : len(study.source)], vectors[:, len(study.source) :])
+
+
+def measure_layers(
+    study: Study, encoding: Encoding, stage: Stage, splits: Sequence[SplitName], progress: Progress
+) -> list[LayerRow]:
+    """All measures at every layer, for each of the splits. A rotation is fitted on train and judged on control."""
+    rows: list[LayerRow] = []
+    listed = {split: study.relevant(split) for split in splits}
+    for index, layer in progress(list(enumerate(study.layers)), f"Measuring {stage}"):
+        for split in splits:
+            source, target = encoding.at(index, study.rows(split))
+            fitted_on = encoding.at(index, study.rows("train")) if split == "control" else None
+            found = measure(source, target, listed[split], names=study.config.eval.measures, fitted_on=fitted_on)
+            rows.extend((layer, stage, split, name, value) for name, value in found.items())
+    return rows
+
+
+def probe(study: Study, model: nn.Module, when: Literal["before", "after"], progress: Progress) -> dict[str, float]:
+    """What the model can do with its output: perplexity in each language and word translation; empty if not asked."""
+    if not study.config.eval.probes:
+        return {}
+    tokenizer, lexicon = study.loaded.tokenizer, study.lexicon
+    found = {
+        f"lm/perplexity_{language}_{when}": perplexity(model, tokenizer, text)
+        for language, text in _texts(study.config.eval, (lexicon.source_language, lexicon.target_language)).items()
+    }
+    accuracy = translation_accuracy(
+        model,
+        tokenizer,
+        examples=study.words.train[:EXAMPLES],
+        queries=study.words.control,
+        listed=lexicon.pairs,
+        source_language=lexicon.source_language,
+        target_language=lexicon.target_language,
+        seed=study.config.train.seed,
+        progress=progress,
+    )
+    return found | {f"translation/accuracy_{when}": accuracy}
+
+
+def _texts(config: EvalConfig, languages: Sequence[str]) -> dict[str, str]:
+    """The text of each language: the user's own, else the one in data/text, else none."""
+    own = {language.lower(): Path(path) for language, path in config.text.items()}
+    packaged = {language.lower(): TEXTS / f"{language.lower()}.txt" for language in languages}
+    found = {}
+    for language, file in (packaged | own).items():
+        if file.is_file():
+            try:
+                found[language] = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"eval.text.{language}={file}: is not UTF-8 text (byte {error.start})") from error
+    return found
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def choose_layers(study: Study, before: Encoding) -> tuple[list[int], tuple[Layer, ...], str | None]:
+    """(adapted blocks, layers of the loss, why where `auto` chose them).
+
+    `auto` takes the layer where the train split's retrieval (CSLS P@1) is best, ties by the margin. Neither the raw
+    cosine, which an attention sink lifts for wrong pairs too, nor the control split has a say.
+    """
+    config = study.config
+    if "auto" not in (config.lora.layers, config.objective.layer):
+        return *resolve_layers(config, study.loaded.n_layers), None
+    listed = study.relevant("train")
+    scores = {}
+    for index, layer in enumerate(study.layers):
+        if isinstance(layer, int) and layer > 0:
+            found = measure(*before.at(index, study.rows("train")), listed, names=("csls_p_at_1", "margin"))
+            scores[layer] = (found["csls_p_at_1"], found["margin"])
+    best = max(scores, key=lambda layer: scores[layer])
+    why = f"layer {best} has the train split's best CSLS P@1 ({scores[best][0]:.3f}, margin {scores[best][1]:.4f})"
+    return *resolve_layers(config, study.loaded.n_layers, auto=best), why
+
+
+def train_adapter(study: Study, model: nn.Module, read: tuple[Layer, ...], progress: Progress) -> list[float]:
+    """Trains the attached adapter on the train split; the loss of every step."""
+    rows, objective, schedule = study.rows("train"), study.config.objective, study.config.train
+    return train(
+        model,
+        study.source[rows],
+        study.target[rows],
+        study.relevant("train").numpy(),
+        Objective(
+            objective.name,  # pyright: ignore[reportArgumentType]
+            read,
+            margin=objective.margin,
+            negatives=objective.negatives,  # pyright: ignore[reportArgumentType]
+            temperature=objective.temperature,
+            one_way=objective.one_way,
+        ),
+        Schedule(**asdict(schedule)),
+        progress=progress,
+    )
+
+
+# --- judging ------------------------------------------------------------------------------------------------
+
+
+def conclude(
+    study: Study, before: Encoding, after: Encoding | None, probes: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, SpecificityResult]]:
+    """(scalars at the evaluation layer with the verdict, specificity test of each split); a pilot has no evidence."""
+    if after is None:
+        return _pilot_scalars(study, before) | {"verdict": "none", "verdict_reason": "Nothing was trained."}, {}
+    evidence, specificity = {}, {}
+    for split in SPLITS:
+        rows = study.rows(split)
+        evidence[split], specificity[split] = gather_evidence(
+            *before.at(study.eval_index, rows),
+            *after.at(study.eval_index, rows),
+            study.relevant(split),
+            permutations=study.config.eval.permutations,
+        )
+    verdict = judge(
+        evidence["train"],
+        evidence["control"],
+        perplexity_increase=perplexity_increase(probes),
+        max_perplexity_increase=study.config.eval.max_perplexity_increase,
+    )
+    scalars = {f"{split}/{name}": value for split, found in evidence.items() for name, value in asdict(found).items()}
+    return scalars | {"verdict": verdict.label, "verdict_reason": verdict.reason}, specificity
+
+
+def _pilot_scalars(study: Study, before: Encoding) -> dict[str, float]:
+    names = ("pair_cosine", "margin", "csls_p_at_1")
+    found = {
+        split: measure(*before.at(study.eval_index, study.rows(split)), study.relevant(split), names=names)
+        for split in SPLITS
+    }
+    return {f"{split}/{name}_before": value for split, values in found.items() for name, value in values.items()}
+
+
+def perplexity_increase(probes: Mapping[str, Any]) -> float | None:
+    """The largest relative rise of a language's perplexity; None where none was measured."""
+    rises = [
+        probes[key.removesuffix("_before") + "_after"] / value - 1
+        for key, value in probes.items()
+        if key.startswith("lm/perplexity_") and key.endswith("_before")
+    ]
+    return max(rises, default=None)
+
+
+def pair_rows(study: Study, before: Encoding, after: Encoding | None) -> list[tuple[Any, ...]]:
+    """The rows of pairs.csv: cosine and rank of every pair at the evaluation layer; empty cells where not measured."""
+    columns: dict[str, list[float | int | str]] = {}
+    for when, encoding in (("before", before), ("after", after)):
+        cosines: list[float | int | str] = []
+        ranks: list[float | int | str] = []
+        for split in ("train", "control"):
+            if encoding is None:
+                cosines += [""] * len(study.pairs[study.rows(split)])
+                ranks = cosines
+                continue
+            vectors = encoding.at(study.eval_index, study.rows(split))
+            cosines += pair_cosines(*vectors).tolist()
+            ranks += retrieval_ranks(*vectors, study.relevant(split)).tolist()
+        columns |= {f"cosine_{when}": cosines, f"rank_{when}": ranks}
+    names = ["train"] * len(study.words.train) + ["control"] * len(study.words.control)
+    return [
+        (pair.source, pair.target, split, *numbers)
+        for pair, split, *numbers in zip(
+            study.pairs,
+            names,
+            columns["cosine_before"],
+            columns["cosine_after"],
+            columns["rank_before"],
+            columns["rank_after"],
+            strict=True,
+        )
+    ]

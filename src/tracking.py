@@ -1,0 +1,492 @@
+"""MLflow, and the only file that imports it: a job folder is projected into a tracking store, as often as one likes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import os
+import re
+import socket
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlparse
+
+import psutil
+from filelock import FileLock
+
+from src.config import TrackingConfig
+from src.errors import UserError
+from src.files import digest, written_atomically
+
+# Set before mlflow is imported, where the user hasn't: no telemetry, no chatter, and minutes of retries cut short.
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+_TABLES = ("layers.csv", "pairs.csv", "training.csv", "results.json")
+_MARK = "uploaded"  # tag: the digest of what was uploaded; set last, so it vouches for everything before it
+_PARAMS, _METRICS, _VALUE, _DIGEST = (
+    100,
+    1000,
+    6000,
+    36,
+)  # MLflow's limits: per batch, per batch, characters, characters
+
+
+PARENT = "TLI_SWEEP_RUN"  # environment variable that hands a sweep's run to its jobs, under every launcher
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where runs go: the store's full URI and the experiment's name."""
+
+    uri: str
+    experiment: str
+
+
+class TrackingError(Exception):
+    """The store refused, failed or couldn't be reached; one line, without credentials."""
+
+
+# --- a job's tracking ---------------------------------------------------------------------------------------
+
+
+def open_store(config: TrackingConfig, root: Path) -> Store | None:
+    """The store that a job is tracked in, ready to be written; None for the backend "off". Raises UserError."""
+    if config.backend == "off":
+        return None
+    store = Store(store_uri(config.uri, root), config.experiment)
+    check(store.uri, store.experiment)
+    with _warned("orphaned runs stay open"):
+        close_orphans(store.uri, store.experiment)
+    return store
+
+
+@contextmanager
+def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -> Iterator[str | None]:
+    """Opens a run around the block that fills the job folder, yields its id, and uploads the folder at the end.
+
+    Trouble with the store is a warning, never the end of the job: the folder holds everything, `src.sync` uploads it.
+    An exception in the block closes the run as FAILED, an interruption as KILLED.
+    """
+    run_id = None
+    if store:
+        with _warned("this job is not tracked yet: `python -m src.sync` uploads it later"):
+            run_id = start(
+                store.uri,
+                store.experiment,
+                name=description["name"],
+                params=description["params"],
+                tags={key: description[key] for key in ("config_hash", "git_commit", "model_revision")},
+                dataset=description["dataset"],
+                parent=os.environ.get(PARENT),
+            )
+    try:
+        yield run_id
+    except BaseException as error:
+        if store and run_id:
+            with _warned("the run stays open"):
+                finish(run_id, store.uri, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    if store and run_id:
+        with _warned(f"{folder} is not uploaded: `python -m src.sync` does it later"):
+            upload(folder, run_id, store.uri)
+            finish(run_id, store.uri, "FINISHED")
+
+
+def link(store: Store | None, run_id: str | None) -> str | None:
+    """Where a person finds the run; None where it isn't tracked."""
+    with _warned("no link to the run"):
+        return run_link(store.uri, run_id) if store and run_id else None
+
+
+@contextmanager
+def _warned(consequence: str) -> Iterator[None]:
+    try:
+        yield
+    except TrackingError as error:
+        log.warning("tracking: %s; %s", error, consequence)
+        print(f"warning: tracking: {error}; {consequence}", file=sys.stderr)
+
+
+# --- the store ----------------------------------------------------------------------------------------------
+
+
+def store_uri(uri: str | None, root: Path) -> str:
+    """`tracking.uri` in full: null is `root`/mlruns/mlflow.db, a relative path is below `root`. Raises UserError."""
+    if uri and uri.startswith(("http://", "https://")):
+        return uri.rstrip("/")
+    path = "mlruns/mlflow.db" if uri is None else uri.removeprefix("sqlite:///")
+    if uri is not None and (not path or path == uri):
+        raise UserError(f"tracking.uri={public_uri(uri)}: give sqlite:////path/to/mlflow.db, http://host:port, or null")
+    file = (root / path).resolve()
+    if set("?%") & set(str(file)):  # a database URI would read them as something else
+        raise UserError(f"tracking.uri: the path {file} holds ? or %; give another, or rename the folder")
+    return f"sqlite:///{file}"
+
+
+def public_uri(text: str) -> str:
+    """`text` with every `user:password@` behind a `://` taken out."""
+    return re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
+
+
+def database(uri: str) -> Path | None:
+    """The file of a local store; None for a server."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def check(uri: str, experiment: str) -> None:
+    """Makes sure, before anything slow begins, that runs can be written to this store; creates a local one once.
+
+    Safe in many processes at once. Raises UserError in one line: a server that doesn't answer (within about 4 s), a
+    database that can't be written, is no MLflow's or another version's, a moved store, a deleted experiment.
+    """
+    file = database(uri)
+    if file:
+        _prepare(file)
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    before = {name: os.environ.get(name) for name in patience}
+    os.environ.update(patience)
+    try:
+        with _client(uri) as client:
+            found = client.get_experiment_by_name(experiment)
+    except TrackingError as error:
+        hint = "choose another" if file else "start it (`python -m src.ui` starts one on port 5000)"
+        raise UserError(f"tracking.uri={error}; {hint}, or run with tracking=off") from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    if found and found.lifecycle_stage != "active":
+        raise UserError(
+            f"tracking.experiment={experiment} was deleted in {public_uri(uri)}; restore it or name another"
+        )
+
+
+def moved(uri: str) -> set[str]:
+    """Folders in which a local store believes its artifacts to lie, though it was moved or copied away from there."""
+    file = database(uri)
+    if file is None or not file.exists():
+        return set()
+    here = file.parent / "artifacts"
+    with closing(sqlite3.connect(file)) as connection:
+        rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+    strangers = set()
+    for (location,) in rows:
+        folder = Path(unquote(urlparse(location).path) if location.startswith("file:") else location)
+        elsewhere = folder.parent.name == "artifacts" and folder.parent.resolve() != here.resolve()
+        if folder.is_absolute() and elsewhere and ((here / folder.name).exists() or not folder.parent.exists()):
+            strangers.add(location.rpartition("/")[0])
+    return strangers
+
+
+def _prepare(file: Path) -> None:
+    """Creates the database in a temporary file that is renamed into place, as MLflow's own creation survives neither
+    company nor a kill; refuses one that MLflow would try to migrate on the spot."""
+    _settle()
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.db.utils import _get_latest_schema_revision
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            with FileLock(file.with_name(f"{file.name}.lock")):
+                if not file.exists():
+                    with written_atomically(file) as temporary:
+                        SqlAlchemyStore(f"sqlite:///{temporary}", str(file.parent / "artifacts"))._dispose_engine()
+        with closing(sqlite3.connect(file, timeout=30)) as connection:
+            connection.execute("BEGIN IMMEDIATE")  # fails here and now where the file can't be written
+            connection.rollback()
+            (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone() or (None,)
+    except (OSError, sqlite3.Error, SQLAlchemyError, MlflowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"tracking.uri: {file} can't be used as MLflow's database ({reason}); "
+            "choose another file, move this one away, or run with tracking=off"
+        ) from error
+    if revision != _get_latest_schema_revision():
+        raise UserError(
+            f"tracking.uri: {file} belongs to another MLflow version, or its creation was cut off; "
+            f"keep a copy, then run `mlflow db upgrade sqlite:///{file}`, or move it away"
+        )
+    if moved(f"sqlite:///{file}"):
+        raise UserError(f"tracking.uri: {file} was moved; run `python -m src.sync --relocate --uri sqlite:///{file}`")
+
+
+def _settle() -> None:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry would be a line of its own
+    import mlflow  # noqa: F401  it sets up its loggers, so the next line must follow
+
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _client(uri: str) -> Iterator[Any]:
+    """Yields an MlflowClient; whatever goes wrong with the store inside becomes a TrackingError."""
+    _settle()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield MlflowClient(tracking_uri=uri)
+    except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error.__cause__, RequestException) or "Max retries exceeded" in reason:
+            reason = "no answer"
+        raise TrackingError(f"{public_uri(uri)}: {public_uri(reason)[:300]}") from error
+
+
+# --- a run --------------------------------------------------------------------------------------------------
+
+
+def start(
+    uri: str,
+    experiment: str,
+    *,
+    name: str,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    dataset: Mapping[str, Any] | None,
+    parent: str | None,
+) -> str:
+    """Opens a run, visible at once as RUNNING, and returns its id. Raises TrackingError.
+
+    `dataset` has name, digest and source, and whatever else describes it; `parent` is the sweep's run. A tag
+    `git_commit` also becomes MLflow's own.
+    """
+    process = psutil.Process()
+    own = {"host": socket.gethostname(), "pid": str(process.pid), "process_start": f"{process.create_time():.2f}"}
+    own |= {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    if parent:
+        own["mlflow.parentRunId"] = parent
+    if commit := tags.get("git_commit"):
+        own["mlflow.source.git.commit"] = commit
+    with _client(uri) as client:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        shown = {key: _short(value) for key, value in (dict(tags) | own).items()}
+        run_id = client.create_run(_experiment(client, uri, experiment), tags=shown, run_name=name).info.run_id
+        entries = [Param(key[:250], _short(public_uri(value))) for key, value in params.items()]
+        for first in range(0, len(entries), _PARAMS):
+            client.log_batch(run_id, params=entries[first : first + _PARAMS])
+        if dataset:
+            source = json.dumps({"uri": public_uri(dataset["source"])})
+            entity = Dataset(
+                dataset["name"], dataset["digest"][:_DIGEST], "local", source, profile=json.dumps(dict(dataset))
+            )
+            client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+    return run_id
+
+
+def finish(run_id: str, uri: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """Closes a run. Raises TrackingError."""
+    with _client(uri) as client:
+        client.set_terminated(run_id, status)
+
+
+def close_orphans(uri: str, experiment: str) -> int:
+    """Marks as KILLED this host's open runs whose process is gone; returns how many. Raises TrackingError."""
+    with _client(uri) as client:
+        mine = f"attributes.status = 'RUNNING' AND tags.host = '{socket.gethostname()}'"
+        runs = client.search_runs([_experiment(client, uri, experiment)], mine, max_results=1000)
+        orphans = [run for run in runs if not _alive(run.data.tags)]
+        for run in orphans:
+            client.set_terminated(run.info.run_id, "KILLED")
+    return len(orphans)
+
+
+def run_link(uri: str, run_id: str) -> str:
+    """Where a person finds the run: a URL, behind the command that opens the UI if the store is local."""
+    with _client(uri) as client:
+        experiment = client.get_run(run_id).info.experiment_id
+    fragment = f"/#/experiments/{experiment}/runs/{run_id}"
+    file = database(uri)
+    if file is None:
+        return public_uri(uri) + fragment
+    ours = file == Path(__file__).resolve().parents[1] / "mlruns" / "mlflow.db"
+    return f"python -m src.ui{'' if ours else f' --uri {uri}'}, then http://127.0.0.1:5000{fragment}"
+
+
+def _experiment(client: Any, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    file = database(uri)
+    place = str(file.parent / "artifacts" / re.sub(r"[^\w.-]", "_", name)) if file else None
+    try:
+        return client.create_experiment(name, artifact_location=place)
+    except MlflowException:  # another process may have been quicker
+        if found := client.get_experiment_by_name(name):
+            return found.experiment_id
+        raise
+
+
+def _alive(tags: Mapping[str, str]) -> bool:
+    try:
+        started = psutil.Process(int(tags["pid"])).create_time()
+        return abs(started - float(tags["process_start"])) < 2  # another start time: the number was given out again
+    except (psutil.NoSuchProcess, KeyError, ValueError):
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _VALUE else text[: _VALUE - 1] + "…"
+
+
+# --- a finished job folder ----------------------------------------------------------------------------------
+
+
+def upload_lock(folder: Path) -> FileLock:
+    """The lock under which a job folder is uploaded; a process that holds it may take it again."""
+    return FileLock(folder / ".upload.lock", is_singleton=True)
+
+
+def upload_state(folder: Path, run_id: str, uri: str) -> Literal["uploaded", "missing", "deleted", "unknown"]:
+    """Whether the store has this folder as it is now; `unknown` means that it has no such run. Raises TrackingError."""
+    from mlflow.exceptions import MlflowException
+
+    with _client(uri) as client:
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return "unknown"
+            raise
+    if run.info.lifecycle_stage != "active":
+        return "deleted"
+    return "uploaded" if run.data.tags.get(_MARK) == _contents(folder) else "missing"
+
+
+def upload(folder: Path, run_id: str, uri: str) -> None:
+    """Projects a finished job folder into its run: scalars, series, tags, files, the adapter as a logged model.
+
+    Repeating it adds nothing: metrics carry the run's start as their time, so MLflow knows them again; files are
+    replaced; the logged model is looked up. Raises TrackingError.
+    """
+    with _client(uri) as client, upload_lock(folder):
+        from mlflow.entities import Metric, RunTag
+
+        run = client.get_run(run_id)
+        mark = _contents(folder)
+        if run.data.tags.get(_MARK) == mark:
+            return
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        layers = _rows(folder / "layers.csv")
+        points = [*_scalars(results), *_series(layers), *_losses(_rows(folder / "training.csv"))]
+        metrics = [Metric(key, value, run.info.start_time, step) for key, value, step in points if math.isfinite(value)]
+        for first in range(0, len(metrics), _METRICS):
+            client.log_batch(run_id, metrics=metrics[first : first + _METRICS])
+        _upload_files(client, run_id, folder, layers)
+        if (folder / "adapter").is_dir():
+            _upload_adapter(client, run, folder / "adapter")
+        tags = {key: value for key, value in results.items() if isinstance(value, str) and key != "mlflow_run_id"}
+        tags["mlflow.note.content"] = f"**{results.get('verdict')}** {results.get('verdict_reason') or ''}".strip()
+        tags["mlflow.loggedArtifacts"] = json.dumps([{"path": "layers.json", "type": "table"}])  # as log_table does
+        client.log_batch(run_id, tags=[RunTag(key, _short(value)) for key, value in tags.items()])
+        client.set_tag(run_id, _MARK, mark)
+
+
+def _contents(folder: Path) -> str:
+    return digest(*((folder / name).read_bytes() if (folder / name).exists() else b"" for name in _TABLES))
+
+
+def _scalars(results: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    for key, value in results.items():
+        if "/" in key and isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, float(value), 0
+
+
+def _series(layers: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, float, int]]:
+    from src.layers import step  # it imports torch, which nothing else here needs
+
+    depth = max((int(row["layer"]) for row in layers if row["layer"] != "final"), default=0)
+    for row in layers:
+        layer = "final" if row["layer"] == "final" else int(row["layer"])
+        yield _series_name(row), float(row["value"] or "nan"), step(layer, depth)
+
+
+def _series_name(row: Mapping[str, str]) -> str:
+    stage = row["stage"] if row["split"] == "all" else f"{row['stage']}_{row['split']}"
+    return f"{stage}/{row['measure']}"
+
+
+def _losses(training: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, float, int]]:
+    for row in training:
+        yield "train/loss", float(row["loss"] or "nan"), int(row["step"])
+
+
+def _table(layers: Sequence[Mapping[str, str]]) -> dict[str, list[Any]]:
+    """One row for each layer and one column for each series, in the form that MLflow shows as a table and compares."""
+    names = list(dict.fromkeys(map(_series_name, layers)))
+    rows: dict[str, dict[str, float | None]] = {}
+    for row in layers:
+        value = float(row["value"] or "nan")
+        rows.setdefault(row["layer"], {})[_series_name(row)] = value if math.isfinite(value) else None
+    return {
+        "columns": ["layer", *names],
+        "data": [[layer, *map(cells.get, names)] for layer, cells in rows.items()],
+    }
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _upload_files(client: Any, run_id: str, folder: Path, layers: Sequence[Mapping[str, str]]) -> None:
+    for name in ("plots", "adapter"):
+        if (folder / name).is_dir():
+            client.log_artifacts(run_id, str(folder / name), name)
+    with tempfile.TemporaryDirectory() as temporary:
+        stage = Path(temporary)
+        (stage / "config").mkdir()
+        texts = {name: folder / name for name in (*_TABLES, "run.log")}
+        texts |= {f"config/{file.name}": file for file in (folder / ".hydra").glob("*.yaml")}
+        for name, file in texts.items():
+            if file.exists():  # the config as Hydra wrote it may hold a password in tracking.uri
+                text = file.read_text(encoding="utf-8", errors="replace")
+                (stage / name).write_text(public_uri(text), encoding="utf-8")
+        if layers:
+            (stage / "layers.json").write_text(json.dumps(_table(layers)), encoding="utf-8")
+        client.log_artifacts(run_id, temporary)
+
+
+def _upload_adapter(client: Any, run: Any, adapter: Path) -> None:
+    from mlflow.entities import LoggedModelOutput
+
+    run_id, experiment = run.info.run_id, run.info.experiment_id
+    models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    params = {key: str(value) for key, value in settings.items() if isinstance(value, str | int | float)}
+    model = (
+        models[0]
+        if models
+        else client.create_logged_model(experiment, "adapter", run_id, params=params, model_type="peft")
+    )
+    client.log_model_artifacts(model.model_id, str(adapter))
+    client.finalize_logged_model(model.model_id, "READY")
+    if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])

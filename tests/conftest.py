@@ -1,0 +1,50 @@
+"""Checks shapes and types of every call into src while testing, and keeps tests off the user's cache and the network."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("src", "beartype.beartype")
+
+import pytest
+import torch
+
+from src.config import ModelConfig, QuantConfig
+from src.models import LoadedModel, load_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def model_config(**values: object) -> ModelConfig:
+    """conf/model/tiny.yaml, with other values where given."""
+    from omegaconf import OmegaConf
+
+    shared = OmegaConf.load(ROOT / "conf/model/smollm2_135m.yaml")
+    own = OmegaConf.load(ROOT / "conf/model/tiny.yaml")
+    merged = {**OmegaConf.to_container(shared), **OmegaConf.to_container(own), **values}  # pyright: ignore
+    merged.pop("defaults", None)
+    return ModelConfig(**merged)
+
+
+@pytest.fixture
+def tiny() -> LoadedModel:
+    """The random Llama of 4 blocks with one token a character."""
+    return load_model(model_config(), QuantConfig("none", False))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the test's own."""
+    folder = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("TLI_CACHE", str(folder))
+    return folder

@@ -1,0 +1,134 @@
+"""Loading, quantising, and adapters that come and go without a trace."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+
+from src.config import QuantConfig
+from src.errors import UserError
+from src.layers import encode, tokenize
+from src.models import adapter, load_model, save_adapter
+from tests.conftest import model_config
+from tests.test_training import LORA
+
+NONE = QuantConfig("none", False)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"init": "pissa"}, {"init": "olora"}, {"init": "gaussian"}, {"use_dora": True}])
+def test_detaching_leaves_the_model_bit_identical_even_after_an_error(tiny, changes):
+    before, modules = state(tiny.model), [name for name, _ in tiny.model.named_modules()]
+    with pytest.raises(RuntimeError, match="on purpose"), adapter(tiny.model, replace(LORA, **changes), [1, 3], seed=0) as model:
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data.add_(0.3)
+        raise RuntimeError("on purpose")
+    after = state(tiny.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert modules == [name for name, _ in tiny.model.named_modules()]
+    assert not hasattr(tiny.model, "peft_config")
+
+
+def test_the_blocks_that_produce_the_layers_are_adapted_and_no_others(tiny):
+    with adapter(tiny.model, LORA, [1, 3], seed=0) as model:
+        trained = {name.split(".layers.")[1].split(".")[0] for name, w in model.named_parameters() if w.requires_grad}
+        assert trained == {"0", "2"}
+        assert model.peft_config["default"].layers_to_transform == [0, 2]
+
+
+@pytest.mark.parametrize("changes", [{}, {"init": "pissa"}, {"init": "olora"}, {"use_dora": True}, {"use_rslora": True}])
+def test_a_saved_adapter_gives_the_same_vectors_when_peft_loads_it(tiny, tmp_path, changes):
+    prompts = tokenize(["maji", "nyumba", "water"], tiny.tokenizer)
+    untouched = encode(tiny.model, prompts)
+    with adapter(tiny.model, replace(LORA, **changes), [1, 2], seed=0) as model:
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data.add_(0.05 * torch.randn_like(weight))
+        save_adapter(model, tmp_path / "adapter")
+        adapted = encode(model, prompts)
+    assert (adapted - untouched).abs().max() > 1e-3
+    again = PeftModel.from_pretrained(copy.deepcopy(tiny.model), str(tmp_path / "adapter"))
+    torch.testing.assert_close(encode(again, prompts), adapted, atol=1e-5, rtol=0)
+
+
+def test_missing_target_modules_are_named(tiny):
+    with (
+        pytest.raises(UserError, match=r"no nope; they have down_proj, .*q_proj"),
+        adapter(tiny.model, replace(LORA, target_modules=["q_proj", "nope"]), [1], seed=0),
+    ):
+        pass
+
+
+def test_a_model_is_loaded_once(tiny):
+    assert load_model(model_config(), NONE).model is tiny.model
+    assert load_model(model_config(n_layers=3), NONE).model is not tiny.model
+    assert load_model(model_config(n_layers=3), NONE).identity != tiny.identity
+
+
+class TestRefused:
+    def test_an_absent_model_at_once(self):
+        with pytest.raises(UserError, match="model.id=nobody/nothing is not in this machine's cache and HF_HUB_OFFLINE"):
+            load_model(model_config(source="hub", id="nobody/nothing", n_layers=None), NONE)
+
+    def test_a_folder_that_is_not_there(self):
+        with pytest.raises(UserError, match="there is no such folder"):
+            load_model(model_config(source="hub", id="/no/such/folder", n_layers=None), NONE)
+
+    def test_an_empty_folder(self, tmp_path):
+        with pytest.raises(UserError, match="holds no model"):
+            load_model(model_config(source="hub", id=str(tmp_path), n_layers=None), NONE)
+
+    def test_pickled_weights(self, tiny, tmp_path):
+        tiny.model.config.save_pretrained(tmp_path)
+        tiny.tokenizer.save_pretrained(tmp_path)
+        torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
+        with pytest.raises(UserError, match="holds no safetensors"):
+            load_model(model_config(source="hub", id=str(tmp_path), n_layers=None), NONE)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_gpu_that_is_not_there(self):
+        with pytest.raises(UserError, match="model.device=cuda: torch sees no GPU"):
+            load_model(model_config(device="cuda"), NONE)
+
+    def test_an_unknown_package(self):
+        with pytest.raises(UserError, match="packaged models are smollm2_135m, gemma3_270m"):
+            load_model(model_config(source="packaged", id="gpt5"), NONE)
+
+    def test_a_depth_that_is_not_the_models(self, tiny, tmp_path):
+        tiny.model.save_pretrained(tmp_path)
+        tiny.tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match="n_layers=7, but .* has 4 blocks"):
+            load_model(model_config(source="hub", id=str(tmp_path), n_layers=7), NONE)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_on_the_cpu_stays_close_and_trains(tiny, tmp_path, double):
+    from src.training import Objective, Schedule, train
+    from tests.test_training import OWN, SOURCE, TARGET
+
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("nf4", double))
+    assert any("Linear4bit" in type(module).__name__ for module in loaded.model.modules())
+    prompts = tokenize(SOURCE, loaded.tokenizer)
+    close = (encode(loaded.model, prompts) * encode(tiny.model, prompts)).sum(-1)
+    assert close.min() > 0.8
+    with adapter(loaded.model, LORA, [1, 2], seed=1) as model:
+        targets = tokenize(TARGET, loaded.tokenizer)
+        losses = train(model, prompts, targets, OWN, Objective("triplet", (2,)), Schedule(20, 9, 1e-2))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_int8(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("int8", False))
+    prompts = tokenize(["maji", "nyumba"], loaded.tokenizer)
+    assert (encode(loaded.model, prompts) * encode(tiny.model, prompts)).sum(-1).min() > 0.9
