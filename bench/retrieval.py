@@ -1,4 +1,4 @@
-"""Time and memory of the measures: PYTHONPATH=. python bench/retrieval.py [100000] (words; 100,000 takes minutes)."""
+"""Time and memory of measures and tests: PYTHONPATH=. python bench/retrieval.py [100000] (words; takes minutes)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import sys
 import threading
 import time
 
+import numpy as np
 import psutil
 import torch
 
+from src.evidence import specificity_test
 from src.measures import MEASURES, measure
 
 WIDTH = 576
@@ -66,6 +68,11 @@ def main() -> None:
         for _ in range(60):
             measure(*inputs, names=names, fitted_on=fitted_on)
         print(f"\n30 layers × 686 pairs, before and after, {label}: {time.perf_counter() - start:.2f} s")
+
+    before, after = np.random.default_rng(0).normal(size=(2, 700, 700))
+    start = time.perf_counter()
+    specificity_test(before, after)
+    print(f"\nspecificity test, 700 pairs, 10,000 permutations: {time.perf_counter() - start:.2f} s")
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ class SplitEvidence:
     """What one split shows at one layer; gains are after less before, P@1 by CSLS, p-values uncorrected.
 
     The `specificity_` fields are of the raw cosines. The `scaled_` ones are of cosines in units of the spread of
-    mismatches: a change that merely spreads or squeezes all cosines has none. The verdict wants both to agree;
-    `specificity_harm_pvalue` is already the larger of the two lower tails.
+    their words' mismatches: a change that merely spreads or squeezes all cosines has none. The verdict
+    wants both to agree; `specificity_harm_pvalue` is already the larger of the two lower tails.
     """
 
     pair_cosine_before: float
@@ -109,10 +109,8 @@ def specificity_test(
     observed_gain, observed = (float(x[0]) for x in _matched(change, np.arange(n)[None], spread))
     gains, scores = _random_matchings(change, spread, permutations, np.random.default_rng(seed))
     slack = 1e-9 * max(1.0, abs(observed))  # equal sums that were added up in another order are ties
-    more, less = ((1 + int(count.sum())) / (1 + permutations) for count in (
-        scores >= observed - slack,
-        scores <= observed + slack,
-    ))  # fmt: skip
+    more = (1 + int((scores >= observed - slack).sum())) / (1 + permutations)
+    less = (1 + int((scores <= observed + slack).sum())) / (1 + permutations)
     if n < FEWEST:
         more = less = 1.0
     return SpecificityResult(observed_gain * unbias, more, less, gains * unbias)
@@ -217,43 +215,33 @@ def judge(
         for split, found in (("control", control), ("train", train))
     )
     lost = control.csls_p_at_1_after < control.csls_p_at_1_before
-    fell = f"from {control.csls_p_at_1_before:.3f} to {control.csls_p_at_1_after:.3f}"
-    unseen = f"specificity gain {control.specificity_gain:+.4f}, p = {p['control/specificity_pvalue']:.2g} after Holm"
-    seen = f"specificity gain {train.specificity_gain:+.4f}, p = {p['train/specificity_pvalue']:.2g} after Holm"
-
-    def verdict(label: Literal["aligned", "memorised", "inflated", "harmed", "none"], reason: str) -> Verdict:
-        return Verdict(label, reason, p)
+    retrieval = f"CSLS P@1 {control.csls_p_at_1_before:.3f} before, {control.csls_p_at_1_after:.3f} after"
+    unseen = f"specificity gain {control.specificity_gain:+.3g}, p = {p['control/specificity_pvalue']:.2g} after Holm"
+    seen = f"specificity gain {train.specificity_gain:+.3g}, p = {p['train/specificity_pvalue']:.2g} after Holm"
 
     if perplexity_increase is not None and not perplexity_increase <= max_perplexity_increase:
-        limit = f"more than the {max_perplexity_increase:.0%} allowed"
-        return verdict("harmed", f"Perplexity changed by {perplexity_increase:+.0%}, {limit}.")
-    if lost and p["control/mcnemar_pvalue"] < alpha:
-        pvalue = f"p = {p['control/mcnemar_pvalue']:.2g} after Holm"
-        return verdict("harmed", f"Retrieval of unseen words fell: CSLS P@1 {fell} ({pvalue}).")
-    if control.specificity_gain < 0 and p["control/specificity_harm_pvalue"] < alpha:
-        pvalue = f"p = {p['control/specificity_harm_pvalue']:.2g} after Holm"
-        gain = f"specificity gain {control.specificity_gain:+.4f}, {pvalue}"
-        return verdict("harmed", f"Unseen pairs drew apart, compared with random matchings ({gain}).")
-    if specific and control.margin_gain <= 0:
-        return verdict(
-            "none", f"Unseen pairs without shared words drew together ({unseen}), but the margin did not rise."
-        )
-    if specific and lost and control.mcnemar_pvalue < WORSE:
-        return verdict(
-            "none", f"Unseen pairs drew together ({unseen}), but CSLS P@1 fell {fell}: too much for the claim."
-        )
+        reason = f"Perplexity changed by {perplexity_increase:+.0%}; {max_perplexity_increase:+.0%} is allowed."
+        return Verdict("harmed", reason, p)
+    if lost and (pvalue := p["control/mcnemar_pvalue"]) < alpha:
+        return Verdict("harmed", f"Retrieval of unseen words fell ({retrieval}, p = {pvalue:.2g} after Holm).", p)
+    if control.specificity_gain < 0 and (pvalue := p["control/specificity_harm_pvalue"]) < alpha:
+        gain = f"specificity gain {control.specificity_gain:+.3g}, p = {pvalue:.2g} after Holm"
+        return Verdict("harmed", f"Unseen pairs drew apart, compared with random matchings ({gain}).", p)
     if specific:
-        kept = "fell within chance" if lost else "did not fall"
         gain = f"Unseen pairs drew together beyond random matchings ({unseen})"
-        return verdict("aligned", f"{gain}, and CSLS P@1 {kept} ({fell.removeprefix('from ')}).")
+        if control.margin_gain <= 0:
+            return Verdict("none", f"{gain}, but with the pairs that share words the margin did not rise.", p)
+        if lost and control.mcnemar_pvalue < WORSE:
+            return Verdict("none", f"{gain}, but too many of them lost their place as nearest ({retrieval}).", p)
+        return Verdict("aligned", f"{gain}, and retrieval is no worse ({retrieval}).", p)
     if learnt:
         gain = f"Trained pairs drew together beyond random matchings ({seen})"
-        return verdict("memorised", f"{gain}, but unseen pairs did not ({unseen}).")
-    for split, found in (("control", control), ("train", train)):
+        return Verdict("memorised", f"{gain}, but unseen pairs did not ({unseen}).", p)
+    for split, found in (("unseen", control), ("trained", train)):
         if found.pair_cosine_gain > 0 and found.t_pvalue < alpha:
-            gain = f"The {split} pairs' cosine rose by {found.pair_cosine_gain:.4f} (t-test p = {found.t_pvalue:.2g})"
-            return verdict("inflated", f"{gain}, but no more than random matchings' did ({unseen}).")
-    return verdict("none", f"No change that chance doesn't explain ({unseen}).")
+            gain = f"The cosine of {split} pairs rose by {found.pair_cosine_gain:.3g} (t-test p = {found.t_pvalue:.2g})"
+            return Verdict("inflated", f"{gain}, but no more than random matchings explain ({unseen}).", p)
+    return Verdict("none", f"Unseen pairs gained no more than random matchings explain ({unseen}).", p)
 
 
 def _adjusted(family: dict[str, float]) -> dict[str, float]:
@@ -318,19 +306,18 @@ def _scaled(similarities: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
     centred = _double_centred(similarities)
     squares = centred**2
     np.fill_diagonal(squares, 0)
-    rows, columns, whole = (np.sqrt(squares.sum(axis)) for axis in (1, 0, None))
-    unit = np.sqrt((n - 1) / n) * np.outer(rows, columns) / max(whole, 1e-12)
-    return np.divide(centred, unit, out=np.zeros_like(centred), where=unit > 1e-12) * np.sqrt(n)
+    pairs = max(1, n - 1)
+    rows, columns = np.sqrt(squares.sum(1) / pairs), np.sqrt(squares.sum(0) / pairs)
+    unit = np.outer(rows, columns) / max(np.sqrt(squares.sum() / (pairs * n)), 1e-12)
+    return np.divide(centred, unit, out=np.zeros_like(centred), where=unit > 1e-12)
 
 
 def _unshared(relevant: Int[np.ndarray, "n k"]) -> Int[np.ndarray, " m"]:
     """Pairs no two of which share a word or a listed translation; those with the fewest such ties are taken first."""
     mates: list[list[int]] = [[] for _ in relevant]
-    for row, place in zip(*np.nonzero(relevant >= 0), strict=True):
-        column = relevant[row, place]
-        if column != row:
-            mates[row].append(column)
-            mates[column].append(row)
+    for row, place in np.argwhere((relevant >= 0) & (relevant != np.arange(len(relevant))[:, None])):
+        mates[row].append(relevant[row, place])
+        mates[relevant[row, place]].append(row)
     taken = np.zeros(len(relevant), dtype=bool)
     for pair in sorted(range(len(relevant)), key=lambda pair: len(mates[pair])):
         taken[pair] = not taken[mates[pair]].any()
@@ -351,9 +338,9 @@ def _paired(gains: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
     effect = float(np.clip(effect, -LARGEST_EFFECT, LARGEST_EFFECT))
     if n < FEWEST:
         return 1.0, 1.0, effect
-    t_pvalue = 2.0 ** (1 - n) if same else _pvalue(stats.ttest_1samp(gains, 0))
-    wilcoxon_pvalue = _pvalue(stats.wilcoxon(gains))
-    return max(float(t_pvalue), sys.float_info.min), max(float(wilcoxon_pvalue), sys.float_info.min), effect
+    t_pvalue = 2.0 ** (1 - n) if same else 2 * float(stats.t.sf(abs(effect) * np.sqrt(n), n - 1))
+    wilcoxon_pvalue = float(np.asarray(stats.wilcoxon(gains))[1])
+    return max(t_pvalue, sys.float_info.min), max(wilcoxon_pvalue, sys.float_info.min), effect
 
 
 def _interval(gains: Float[np.ndarray, " n"], seed: int) -> tuple[float, float]:

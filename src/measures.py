@@ -164,7 +164,9 @@ def _compare(
     whole = torch.mm(a, b.T) if n * n <= BLOCK else None
     crowding = column_best = None
     if csls or mexa:
-        blocks = _blocks(b, a) if whole is None else [(slice(0, n), whole.T.contiguous())]
+        blocks = (
+            _blocks(b, a) if whole is None else [(slice(0, n), whole.T.clone(memory_format=torch.contiguous_format))]
+        )
         crowding, column_best = _columns(blocks, relevant, neighbours if csls else 0, mexa)
     for rows, block in _blocks(a, b) if whole is None else [(slice(0, n), whole)]:
         columns = relevant[rows]

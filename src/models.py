@@ -59,6 +59,7 @@ def _load(model_json: str, quant_json: str) -> LoadedModel:
         folder, revision = _locate(config)
         model, tokenizer = _from_folder(folder, config, quant, device)
     model.eval().requires_grad_(False)
+    _keep_4bit_weights(model)
     if config.n_layers is not None and depth(model) != config.n_layers:
         raise UserError(f"model.n_layers={config.n_layers}, but {config.name} has {depth(model)} blocks: mend the key")
     return LoadedModel(model, tokenizer, _identity(model, tokenizer, model_json, quant_json, revision), revision)
@@ -201,6 +202,16 @@ def _quantization(quant: QuantConfig) -> Any:
     return None
 
 
+def _keep_4bit_weights(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX-512 BF16.
+
+    Repacked weights pass no gradient on (only a warning says so): an adapter below them would silently learn nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
 def _tiny(n_layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A random Llama of width 64 whose tokens are single characters; the same on every machine."""
     import torch
@@ -243,7 +254,7 @@ def adapter(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[int], *, 
     from peft import get_peft_model
 
     expected = _target_names(model, lora, layers)
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     edited = lora.init in ("pissa", "olora")  # these two take the adapter out of the base weights
     kept = {name: modules[name].weight.detach().clone() for name in expected} if edited else {}
     config = PeftLoraConfig(
@@ -266,7 +277,7 @@ def adapter(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[int], *, 
         assert found == expected, f"adapted {sorted(found ^ expected)} by mistake"
         yield adapted  # pyright: ignore[reportReturnType]
     finally:
-        adapted.base_model.unload()
+        adapted.base_model.unload()  # pyright: ignore
         for name, weight in kept.items():
             model.get_submodule(name).weight.data.copy_(weight)  # pyright: ignore
 

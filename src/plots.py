@@ -20,15 +20,16 @@ from src.files import written_atomically
 # Okabe & Ito's colours, told apart by colour-blind readers too; each stands for one thing in all figures.
 BEFORE, AFTER, PAIRS, MISMATCHED = "#E69F00", "#0072B2", "#009E73", "#CC79A7"
 WORSE, QUIET, INK = "#D55E00", "#8A8A8A", "#222222"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.usetex": False, "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": QUIET, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
     "axes.titlelocation": "left", "xtick.color": INK, "ytick.color": INK, "lines.linewidth": 2,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#E6E6E6", "axes.axisbelow": True,
 }  # fmt: skip
 WIDTH, HEIGHT, DPI = 8, 4.8, 150  # inches and dots per inch: 1,200 pixels wide
-NO_GAP = 0.01  # a margin below this is none: whatever the pair cosine, it tells no pair from a mismatch
-UNSEEN = {"control": "words never trained on", "train": "trained words"}
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # no exponent set apart in a corner
+NO_GAP = 0.01  # a margin below this can't be seen between two curves; however high they are
+SPLITS = {"control": "words never trained on", "train": "trained words"}
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class Layers:
     """The rows of layers.csv as arrays: one value a layer, in order, NaN where there is none."""
 
     names: list[str]
-    values: dict[tuple[str, str, str], np.ndarray]
+    values: dict[tuple[str, str, str], np.ndarray]  # by stage, split, measure
 
-    def of(self, stage: str, split: str, measure: str) -> np.ndarray | None:
-        return self.values.get((stage, split, measure))
+    def has(self, stage: str, split: str, *measures: str) -> bool:
+        return all((stage, split, measure) in self.values for measure in measures)
+
+    def gap(self, stage: str, split: str) -> np.ndarray:
+        return self.values[stage, split, "pair_cosine"] - self.values[stage, split, "mismatched_cosine"]
 
 
 def draw_all(
@@ -90,17 +94,16 @@ def similarity(table: Layers, title: str) -> Figure | None:
             ("all words, untouched model", [("pilot", "all", "")]),
             ("words never trained on", [("before", "control", " before"), ("after", "control", " after")]),
         )
-        if all(table.of(stage, split, "pair_cosine") is not None for stage, split, _ in curves)
+        if all(table.has(stage, split, "pair_cosine", "mismatched_cosine") for stage, split, _ in curves)
     ]
     if not panels:
         return None
-    figure, axes = _figure(_similarity_headline(table), title, (2, len(panels)), heights=(2.3, 1), sharex=True)
+    figure, axes = _figure(_similarity_headline(table), title, (2, len(panels)), heights=(2.3, 1.0), sharex=True)
     for (heading, curves), (top, bottom) in zip(panels, axes.T, strict=True):
         top.set_title(heading)
         labels, gaps = [], []
         for stage, split, when in curves:
-            pair = _known(table, stage, split, "pair_cosine")
-            mismatched = _known(table, stage, split, "mismatched_cosine")
+            pair, mismatched = (table.values[stage, split, m] for m in ("pair_cosine", "mismatched_cosine"))
             look = {"linestyle": "--" if stage == "before" else "-"}
             x = np.arange(len(pair))
             if stage != "before":
@@ -109,7 +112,7 @@ def similarity(table: Layers, title: str) -> Figure | None:
             top.plot(x, pair, color=PAIRS, linewidth=3.5 if stage != "before" else 2, **look)
             top.plot(x, mismatched, color=MISMATCHED, linewidth=1.5, **look)
             labels += [(f"pairs{when}", pair[-1], PAIRS), (f"mismatched{when}", mismatched[-1], MISMATCHED)]
-            gaps.append((f"gap{when}", pair - mismatched, look))
+            gaps.append((f"gap{when}", table.gap(stage, split), look))
         low = min(0, *(np.nanmin(line.get_ydata()) for line in top.lines))
         top.set_ylim(low * 1.05, 1.04)
         _end_labels(top, labels)
@@ -127,32 +130,33 @@ def _draw_gaps(axes: Axes, gaps: Sequence[tuple[str, np.ndarray, dict[str, Any]]
     axes.set_ylim(floor / 1.5, 2)
     axes.yaxis.set_major_locator(LogLocator(numticks=4))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(PLAIN)
     axes.axhspan(floor / 1.5, NO_GAP, color="#F0F0F0", zorder=0)
-    axes.text(0.01, 0.04, f"below {NO_GAP}: cosine can't tell them apart", transform=axes.transAxes, fontsize=7.5)
+    labels = [(label, max(gap[-1], floor), PAIRS) for label, gap, _ in gaps]
     for _, gap, look in gaps:
         axes.plot(np.maximum(gap, floor), color=PAIRS, **look)
-        negative = np.flatnonzero(gap <= 0)
-        axes.plot(negative, np.full(len(negative), floor), "x", color=WORSE, markersize=5, clip_on=False)
+        none = np.flatnonzero(gap <= 0)
+        axes.plot(none, np.full(len(none), floor), "x", color=WORSE, markersize=5, clip_on=False)
     if any((gap <= 0).any() for _, gap, _ in gaps):
-        axes.text(0.99, 0.04, "× none, or negative", transform=axes.transAxes, ha="right", fontsize=7.5, color=WORSE)
-    _end_labels(axes, [(label, max(gap[-1], floor), PAIRS) for label, gap, _ in gaps])
+        labels.append(("× zero or less", floor, WORSE))
+    _end_labels(axes, labels)
 
 
 def _similarity_headline(table: Layers) -> str:
-    before, after = (table.of(stage, "control", "margin") for stage in ("before", "after"))
-    pair, gap = table.of("pilot", "all", "pair_cosine"), table.of("pilot", "all", "margin")
     said = []
-    if pair is not None and gap is not None:
+    if table.has("pilot", "all", "pair_cosine", "mismatched_cosine"):
+        pair, gap = table.values["pilot", "all", "pair_cosine"], table.gap("pilot", "all")
         best = int(np.nanargmax(gap))
         said.append(f"Pairs stand out most from mismatches at {_layer(table, best)} (gap {gap[best]:.2g})")
-        blind = int(((pair > 0.9) & (gap < NO_GAP)).sum())
-        if blind:
-            said.append(f"{blind} of {len(gap)} layers have cosines above 0.9 that tell nothing (gap below {NO_GAP})")
-    if before is not None and after is not None:
+        alike = int(((pair > 0.9) & (gap < NO_GAP)).sum())
+        if alike:
+            said.append(f"at {alike} of {len(gap)} layers both have cosines above 0.9 (gap below {NO_GAP})")
+    if table.has("after", "control", "pair_cosine", "mismatched_cosine"):
+        before, after = table.gap("before", "control"), table.gap("after", "control")
         most = int(np.nanargmax(np.abs(after - before)))
         said.append(f"training moved the gap most at {_layer(table, most)}: {before[most]:.2g} → {after[most]:.2g}")
-    return "; ".join(said)
+    text = "; ".join(said)
+    return text[:1].upper() + text[1:]
 
 
 # --- retrieval ----------------------------------------------------------------------------------------------
@@ -160,36 +164,38 @@ def _similarity_headline(table: Layers) -> str:
 
 def retrieval(table: Layers, pairs: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
     """Share of words whose nearest neighbour is a translation, over the layers, by CSLS and by plain cosine."""
-    trained = table.of("after", "control", "csls_p_at_1") is not None
+    trained = any(stage == "after" for stage, _, _ in table.values)
     curves = [("after", "control", AFTER), ("before", "control", BEFORE)] if trained else [("pilot", "all", AFTER)]
     panels = [
         (heading, measure)
         for heading, measure in (("CSLS P@1", "csls_p_at_1"), ("nearest neighbour P@1 (plain cosine)", "nn_p_at_1"))
-        if all(table.of(stage, split, measure) is not None for stage, split, _ in curves)
+        if all(table.has(stage, split, measure) for stage, split, _ in curves)
     ]
     if not panels:
         return None
     size = sum(row["split"] == "control" for row in pairs) if trained else len(pairs)
     headline = _retrieval_headline(table, curves, panels[0], size)
     figure, axes = _figure(headline, title, (1, len(panels)), sharey=True)
+    measures = {measure for _, measure in panels}
+    tallest = max(np.nanmax(values) for (*_, measure), values in table.values.items() if measure in measures)
+    axes[0, 0].set_ylim(0, 106 * max(tallest, 0.01))
     for (heading, measure), panel in zip(panels, axes[0], strict=True):
         panel.set_title(heading)
         labels = []
         for stage, split, colour in curves:
-            values = _known(table, stage, split, measure)
+            values = 100 * table.values[stage, split, measure]
             panel.plot(values, color=colour)
             labels.append((f"unseen {stage}" if trained else "all words", values[-1], colour))
-            train = table.of(stage, "train", measure)
-            if trained and train is not None:
+            if trained and table.has(stage, "train", measure):
+                train = 100 * table.values[stage, "train", measure]
                 panel.plot(train, color=colour, linewidth=1, alpha=0.5)
                 labels.append((f"trained {stage}", train[-1], colour))
         if size:
-            panel.axhline(1 / size, color=INK, linewidth=1, linestyle=":")
-            labels.append(("chance", 1 / size, INK))
-        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            panel.axhline(100 / size, color=INK, linewidth=1, linestyle=":")
+            labels.append(("chance", 100 / size, INK))
+        panel.yaxis.set_major_formatter(PercentFormatter(100, decimals=0, symbol=" %"))
         _end_labels(panel, labels)
         _layer_axis(panel, table.names)
-    axes[0, 0].set_ylim(0, 1.06 * max(np.nanmax(line.get_ydata()) for panel in axes[0] for line in panel.lines))
     axes[0, 0].set_ylabel("words that find a translation")
     return figure
 
@@ -200,13 +206,13 @@ def _retrieval_headline(
     heading, measure = panel
     found = []
     for stage, split, _ in curves:
-        values = _known(table, stage, split, measure)
+        values = table.values[stage, split, measure]
         best = int(np.nanargmax(values))
-        found.append(f"{values[best]:.0%} at {_layer(table, best)}")
-    chance = f" (chance {1 / size:.1%})" if size else ""
-    if len(found) == 1:
-        return f"Words find their translation best, {found[0]}{chance}, by {heading}"
-    return f"Words never trained on find their translation best, {found[0]} after and {found[1]} before{chance}"
+        when = " after training" if stage == "after" else " before" if stage == "before" else ""
+        found.append(f"{100 * values[best]:.0f} %{when} (at {_layer(table, best)})")
+    who = "words never trained on" if len(found) > 1 else "all words"
+    chance = f", by chance {100 / size:.2g} %" if size else ""
+    return f"Of {who}, at best {' and '.join(found)} find their translation by {heading}{chance}"
 
 
 # --- pairs and tests ----------------------------------------------------------------------------------------
@@ -220,9 +226,9 @@ def scatter(pairs: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
         return None
     before, after, old, new = np.array(rows).T
     kinds = (
-        ("rank unchanged", new == old, QUIET, "o"),
         ("rank better", new < old, AFTER, "^"),
         ("rank worse", new > old, WORSE, "v"),
+        ("rank unchanged", new == old, QUIET, "o"),
     )
     up, more, less = (int(mask.sum()) for mask in (after > before, new < old, new > old))
     headline = (
@@ -236,7 +242,7 @@ def scatter(pairs: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
     axes.axline((low, low), slope=1, color=INK, linewidth=1, linestyle=":")
     axes.set(xlim=limits, ylim=limits, xlabel="cosine before", ylabel="cosine after", aspect="equal", anchor="W")
     axes.ticklabel_format(useOffset=False)
-    axes.grid(axis="both")
+    axes.grid(visible=True)
     axes.locator_params(nbins=5)
     dots = {"s": 30 if len(rows) < 500 else 10, "alpha": 0.8 if len(rows) < 500 else 0.4, "linewidths": 0}
     for place, (label, mask, colour, marker) in enumerate(kinds):
@@ -250,33 +256,32 @@ def scatter(pairs: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
 
 def specificity(null: Mapping[str, np.ndarray], observed: Mapping[str, float], title: str) -> Figure | None:
     """Gains of random matchings, and that of the true one: a change that lifts all cosines alike moves neither."""
-    splits = [split for split in UNSEEN if split in null and split in observed and len(null[split])]
+    splits = [split for split in SPLITS if split in null and split in observed and len(null[split])]
     if not splits:
         return None
-    said = [
-        f"{UNSEEN[split]}: true pairs gained {observed[split]:+.2g} more than mismatches, "
-        f"ahead of {_share(np.mean(null[split] < observed[split]))} of random matchings"
-        for split in splits
-    ]
-    figure, axes = _figure("\n".join(text[0].upper() + text[1:] for text in said), title, (1, len(splits)))
+    shares = {split: np.floor(1000 * np.mean(null[split] < observed[split])) / 10 for split in splits}  # 100 is all
+    said = [f"{share:g} % of random matchings on {SPLITS[split]}" for split, share in shares.items()]
+    headline = f"The gain of true pairs exceeds that of {', and '.join(said)}"
+    figure, axes = _figure(headline, title, (1, len(splits)))
     for split, panel in zip(splits, axes[0], strict=True):
         gains, true = np.asarray(null[split]), observed[split]
-        panel.set_title(UNSEEN[split])
-        reach = max(np.abs(gains).max(), abs(true), 1e-9)
+        panel.set_title(SPLITS[split])
+        reach = max(np.abs(gains).max(), abs(true), 1e-6)
         width = max(np.ptp(gains), reach / 50)
         panel.hist(gains, bins=40, range=(gains.mean() - width / 2, gains.mean() + width / 2), color="#BBBBBB")
         panel.axvline(true, color=AFTER, linewidth=2.5)
         panel.set_xlim(min(gains.min(), true) - 0.15 * reach, max(gains.max(), true) + 0.15 * reach)
         top = panel.get_ylim()[1]
         panel.set_ylim(0, 1.25 * top)
-        left, right = panel.get_xlim()
-        beyond = true > (left + right) / 2
-        side = "right" if beyond else "left"
-        panel.annotate("true pairs ", (true, 1.17 * top), (-5 if beyond else 5, 0), textcoords="offset points", ha=side,
-                       color=AFTER, fontweight="bold")  # fmt: skip
-        panel.text(gains.mean(), 1.03 * top, "random matchings", ha="center", color=QUIET)
-        panel.locator_params(axis="x", nbins=5)
-        panel.ticklabel_format(axis="x", useOffset=False)
+        left_half = true < sum(panel.get_xlim()) / 2
+        panel.annotate(
+            f"true pairs\n{true:+.2g}", (true, 1.23 * top), (5 if left_half else -5, 0), textcoords="offset points",
+            ha="left" if left_half else "right", va="top", color=AFTER, fontweight="bold",
+        )  # fmt: skip
+        away = -1 if true >= gains.mean() else 1
+        panel.text(gains.mean() + away * 1.5 * gains.std(), 0.5 * top, "random ", ha="right" if away < 0 else "left")
+        panel.locator_params(axis="x", nbins=4)
+        panel.xaxis.set_major_formatter(PLAIN)
         panel.set_xlabel("gain of matched over mismatched cosine")
     axes[0, 0].set_ylabel("random matchings")
     return figure
@@ -299,17 +304,9 @@ def _by_layer(rows: Iterable[Mapping[str, Any]]) -> Layers:
     return Layers(names, values)
 
 
-def _known(table: Layers, stage: str, split: str, measure: str) -> np.ndarray:
-    return table.values[stage, split, measure]
-
-
 def _layer(table: Layers, index: int) -> str:
     name = table.names[index]
     return "the final layer" if name == "final" else f"layer {name}"
-
-
-def _share(share: float) -> str:
-    return "all" if share == 1 else "none" if share == 0 else f"{np.floor(1000 * share) / 10:g} %"
 
 
 def _figure(
@@ -318,12 +315,12 @@ def _figure(
     shape: tuple[int, int],
     *,
     height: float = HEIGHT,
-    heights: Sequence[float] = (1,),
+    heights: Sequence[float] = (1.0,),
     **shared,
 ) -> tuple[Figure, np.ndarray]:
     """A figure with its headline, the run's name in small print, and room right of each panel for the curves' names."""
     figure = Figure(figsize=(WIDTH, height))
-    lines = [part for line in headline.splitlines() for part in textwrap.wrap(line, 92)]
+    lines = [part for line in headline.splitlines() for part in textwrap.wrap(line, 86)]
     plain = {"va": "top", "parse_math": False}  # a dollar sign in a name is no mathematics
     figure.text(0.015, 0.98, "\n".join(lines), fontsize=10.5, fontweight="bold", linespacing=1.3, **plain)
     under = 0.98 - len(lines) * 0.21 / height - 0.05 / height
@@ -331,7 +328,7 @@ def _figure(
     axes = figure.subplots(*shape, squeeze=False, height_ratios=heights if shape[0] > 1 else None, **shared)
     wide = shape[1] > 1
     figure.subplots_adjust(
-        left=0.085, right=0.87, top=under - 0.55 / height, bottom=0.5 / height, wspace=0.55 if wide else 0, hspace=0.14
+        left=0.1, right=0.85, top=under - 0.55 / height, bottom=0.5 / height, wspace=0.6 if wide else 0, hspace=0.14
     )
     return figure, axes
 
@@ -340,7 +337,7 @@ def _layer_axis(axes: Axes, names: Sequence[str]) -> None:
     """Ticks at round layers and at "final"; none so near to "final" that the two would touch."""
     last = len(names) - 1
     step = next((step for step in (1, 2, 4, 5, 10, 20) if len(names) / step <= 8), 40)
-    ticks = [i for i in range(0, len(names), step) if i == last or names[last] != "final" or last - i > step * 0.8]
+    ticks = [i for i in range(0, len(names), step) if i == last or names[last] != "final" or last - i > 0.11 * last]
     ticks = sorted({*ticks, last})
     axes.set_xticks(ticks, [names[i] for i in ticks])
     axes.set_xlim(-0.02 * last - 0.1, last + 0.02 * last + 0.1)
@@ -349,8 +346,8 @@ def _layer_axis(axes: Axes, names: Sequence[str]) -> None:
 
 def _end_labels(axes: Axes, labels: Sequence[tuple[str, float, str]]) -> None:
     """Names right of the curves' ends, (text, y, colour), moved apart where they would overlap."""
-    figure = axes.get_figure()
-    low, high = axes.get_ylim()
+    figure = axes.get_figure(root=True)
+    assert figure
     to_axes = axes.transAxes.inverted()
     placed = sorted(
         (float(np.nan_to_num(to_axes.transform(axes.transData.transform((0, y)))[1])), text, colour)
@@ -360,8 +357,7 @@ def _end_labels(axes: Axes, labels: Sequence[tuple[str, float, str]]) -> None:
     heights = []
     for at, _, _ in placed:
         heights.append(max(at, heights[-1] + room) if heights else at)
-    over = max(0, heights[-1] - 1)
-    for i in reversed(range(len(heights))):  # push back down what was pushed out of the top
-        heights[i] = min(heights[i], 1 - room * (len(heights) - 1 - i)) if over else heights[i]
+    for i in range(len(heights)):  # push back down what was pushed out of the top
+        heights[i] = min(heights[i], 1 - room * (len(heights) - 1 - i))
     for height, (_, text, colour) in zip(heights, placed, strict=True):
         axes.text(1.03, height, text, color=colour, transform=axes.transAxes, va="center", fontsize=8)

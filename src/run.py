@@ -49,11 +49,11 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         with clock.timing("encode"):
             before = study.encode_before(it, console.progress)
         layers = study.measure_layers(it, before, "pilot", ["all"], console.progress)
-        found |= study.probe(it, loaded.model, "before", console.progress)
+        found |= study.probe_before(it, console.progress)
         after, losses, specificity = None, [], {}
         if config.train.epochs:
             blocks, read, why = study.choose_layers(it, before)
-            log.info("adapters in blocks %s, loss at %s%s", blocks, read, f": {why}" if why else "")
+            found |= {"lora_layers_used": blocks, "objective_layers_used": list(read), "layers_chosen_because": why}
             with adapter(loaded.model, config.lora, blocks, seed=config.train.seed) as model:
                 with clock.timing("train"):
                     losses = study.train_adapter(it, model, read, console.progress)
@@ -86,41 +86,67 @@ class _Clock:
         return self._seconds | {"time/total_s": perf_counter() - self._start}
 
 
-def job(composed: DictConfig) -> Exception | None:
-    """What Hydra calls for each job: one run in Hydra's folder. Returns the error that ended it, for `main` to report.
+def job(composed: DictConfig) -> None:
+    """What Hydra calls for each job: one run in Hydra's folder, unless a sweep has it already.
 
-    The error is not raised: Hydra would print an account of its own, and stop a sweep's other jobs from being seen.
+    An error is left in failed.json and not raised: Hydra would print an account of its own, and stop a sweep's other
+    jobs from being seen.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    from src import sweep, tracking
+
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    swept = settings.mode == RunMode.MULTIRUN
+    if swept:
+        planned = sweep.planned_job(Path(settings.sweep.dir), settings.job.num)
+        if planned["status"] == "done":
+            print(f"already done: {planned['name']} → {planned['folder']}")
+            return
+        print(f"job {planned['number']}: {planned['name']}")
+        os.environ[tracking.NAME] = planned["name"]
+    sweep.clear(folder)
+    logging.captureWarnings(True)  # the libraries' warnings go to run.log
     try:
         run(read_config(composed), folder)
     except Exception as error:
         log.error("%s", error, exc_info=not isinstance(error, UserError))
-        _errors.append((folder, error))
-        return error
-    return None
+        sweep.record_failure(folder, error)
+        if not swept:
+            _errors.append((folder, error))
+    finally:
+        os.environ.pop(tracking.NAME, None)
 
 
-_errors: list[tuple[Path, Exception]] = []  # of this process's jobs; Hydra's own main returns nothing
+_errors: list[tuple[Path, Exception]] = []  # of single runs; Hydra's own main returns nothing
 
 
 def main() -> int:
     """The command. Exit status: 0, 1 for a failed job, 2 for bad input, 130 or 143 where a signal ended it."""
     import hydra
 
+    from src import sweep
+
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     register()
+    sweep.failures = 0
     try:
         hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
     except KeyboardInterrupt:
         console.fail("interrupted")
         return 130
+    except SystemExit as end:  # Hydra would make a warning of what a callback raises
+        if not isinstance(end.code, Exception):
+            raise
+        return _report(end.code, None)
     except Exception as error:
         return _report(error, None)
-    return max((_report(error, folder) for folder, error in _errors), default=0)
+    finally:
+        sweep.close()  # a sweep that was interrupted
+    return max((_report(error, folder) for folder, error in _errors), default=min(sweep.failures, 1))
 
 
 def _report(error: Exception, folder: Path | None) -> int:
@@ -141,7 +167,7 @@ def _report(error: Exception, folder: Path | None) -> int:
 def _hydra_line(error: BaseException) -> str:
     """The telling lines of Hydra's message and of its cause."""
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
-    noise = ("full_key:", "object_type=", "See https:", "Set the environment", "reference_type=")
+    noise = ("full_key:", "object_type=", "reference_type=", "See https:", "Set the env", "Config search", "provider=")
     return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
 
 

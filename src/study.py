@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from src.baseline import baseline_encoding
-from src.config import Config, DatasetConfig, EvalConfig, config_hash, params, resolve_layers, run_name
+from src.baseline import baseline_encoding, baseline_probes
+from src.config import Config, DatasetConfig, config_hash, params, resolve_layers, run_name
 from src.errors import UserError
 from src.evidence import SpecificityResult, gather_evidence, judge
 from src.layers import Layer, Progress, Prompt, all_layers, encode, tokenize
@@ -160,14 +160,24 @@ def measure_layers(
     return rows
 
 
+def probe_before(study: Study, progress: Progress) -> dict[str, float]:
+    """What the untouched model can do with its output, from the cache where an earlier run measured it."""
+    lexicon = study.lexicon
+    inputs = repr((study.words, lexicon.digest, _texts(study), study.config.dataset.seed, study.config.eval.probes))
+    languages = repr((lexicon.source_language, lexicon.target_language))
+    return baseline_probes(
+        study.loaded, inputs + languages, lambda: probe(study, study.loaded.model, "before", progress)
+    )
+
+
 def probe(study: Study, model: nn.Module, when: Literal["before", "after"], progress: Progress) -> dict[str, float]:
-    """What the model can do with its output: perplexity in each language and word translation; empty if not asked."""
+    """Perplexity in each language and word translation through the model's own output; empty if not asked."""
     if not study.config.eval.probes:
         return {}
     tokenizer, lexicon = study.loaded.tokenizer, study.lexicon
     found = {
         f"lm/perplexity_{language}_{when}": perplexity(model, tokenizer, text)
-        for language, text in _texts(study.config.eval, (lexicon.source_language, lexicon.target_language)).items()
+        for language, text in progress(list(_texts(study).items()), f"Reading texts {when}")
     }
     accuracy = translation_accuracy(
         model,
@@ -177,15 +187,16 @@ def probe(study: Study, model: nn.Module, when: Literal["before", "after"], prog
         listed=lexicon.pairs,
         source_language=lexicon.source_language,
         target_language=lexicon.target_language,
-        seed=study.config.train.seed,
+        seed=study.config.dataset.seed,
         progress=progress,
     )
     return found | {f"translation/accuracy_{when}": accuracy}
 
 
-def _texts(config: EvalConfig, languages: Sequence[str]) -> dict[str, str]:
+def _texts(study: Study) -> dict[str, str]:
     """The text of each language: the user's own, else the one in data/text, else none."""
-    own = {language.lower(): Path(path) for language, path in config.text.items()}
+    languages = (study.lexicon.source_language, study.lexicon.target_language)
+    own = {language.lower(): Path(path) for language, path in study.config.eval.text.items()}
     packaged = {language.lower(): TEXTS / f"{language.lower()}.txt" for language in languages}
     found = {}
     for language, file in (packaged | own).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import logging
@@ -12,12 +13,14 @@ import socket
 import sqlite3
 import sys
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlparse
+from urllib.parse import quote, unquote, urlparse
 
 import psutil
 from filelock import FileLock
@@ -45,7 +48,8 @@ _PARAMS, _METRICS, _VALUE, _DIGEST = (
 )  # MLflow's limits: per batch, per batch, characters, characters
 
 
-PARENT = "TLI_SWEEP_RUN"  # environment variable that hands a sweep's run to its jobs, under every launcher
+# Environment variables that hand a sweep's run and id to its jobs, under every launcher, and its name to each job.
+PARENT, SWEEP, NAME = "TLI_SWEEP_RUN", "TLI_SWEEP_ID", "TLI_RUN_NAME"
 log = logging.getLogger(__name__)
 
 
@@ -84,25 +88,39 @@ def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -
     """
     run_id = None
     if store:
+        tags = {key: description[key] for key in ("config_hash", "git_commit", "model_revision")}
+        if SWEEP in os.environ:
+            tags["sweep"] = os.environ[SWEEP]
         with _warned("this job is not tracked yet: `python -m src.sync` uploads it later"):
             run_id = start(
                 store.uri,
                 store.experiment,
-                name=description["name"],
+                name=os.environ.get(NAME) or description["name"],
                 params=description["params"],
-                tags={key: description[key] for key in ("config_hash", "git_commit", "model_revision")},
+                tags=tags,
                 dataset=description["dataset"],
                 parent=os.environ.get(PARENT),
             )
     try:
         yield run_id
+        if store and run_id:
+            with _warned(f"{folder} is not uploaded: `python -m src.sync` does it later"):
+                upload(folder, run_id, store.uri)
+                finish(run_id, store.uri, "FINISHED")
     except BaseException as error:
         if store and run_id:
             with _warned("the run stays open"):
                 finish(run_id, store.uri, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    if store and run_id:
-        with _warned(f"{folder} is not uploaded: `python -m src.sync` does it later"):
+
+
+def complete(store: Store | None, folder: Path) -> None:
+    """Uploads a finished job whose own process was ended before it could; nothing where the store has no such run."""
+    run_id = json.loads((folder / "results.json").read_text(encoding="utf-8"))["mlflow_run_id"]
+    if store is None or run_id is None:
+        return
+    with _warned(f"{folder} is not uploaded: `python -m src.sync` does it later"):
+        if upload_state(folder, run_id, store.uri) in ("uploaded", "missing"):
             upload(folder, run_id, store.uri)
             finish(run_id, store.uri, "FINISHED")
 
@@ -111,6 +129,114 @@ def link(store: Store | None, run_id: str | None) -> str | None:
     """Where a person finds the run; None where it isn't tracked."""
     with _warned("no link to the run"):
         return run_link(store.uri, run_id) if store and run_id else None
+
+
+# --- a sweep's run, the parent of its jobs' runs ------------------------------------------------------------
+
+
+def open_sweep(store: Store | None, name: str, tags: Mapping[str, str], earlier: str | None) -> str | None:
+    """Opens a sweep's run, or `earlier` again where the store has it; None without tracking. `tags` holds `sweep`."""
+    if store is None:
+        return None
+    with _warned("this sweep is not tracked, its jobs are"):
+        if earlier and _reopened(store, earlier, tags):
+            return earlier
+        return start(store.uri, store.experiment, name=name, params={}, tags=tags, dataset=None, parent=None)
+    return None
+
+
+def _reopened(store: Store, run_id: str, tags: Mapping[str, str]) -> bool:
+    """Makes an ended sweep's run this process's, with the runs of its jobs; False where the store has none to take."""
+    from mlflow.exceptions import MlflowException
+
+    with _client(store.uri) as client:
+        from mlflow.entities import RunTag
+
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        experiment = _experiment(client, store.uri, store.experiment)
+        ended = run.info.status != "RUNNING"  # else another process is at it; this host's orphans are closed by now
+        if not ended or run.info.lifecycle_stage != "active" or run.info.experiment_id != experiment:
+            return False
+        shown = {key: _short(value) for key, value in (dict(tags) | _process_tags()).items()}
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in shown.items()])
+        for child in _children(client, experiment, run_id):
+            client.set_tag(child, "sweep", tags["sweep"])
+        client.update_run(run_id, status="RUNNING")
+    return True
+
+
+def _children(client: Any, experiment: str, run_id: str) -> list[str]:
+    runs = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'", max_results=10_000)
+    return [run.info.run_id for run in runs]
+
+
+def close_sweep(
+    store: Store | None,
+    run_id: str | None,
+    *,
+    status: Literal["FINISHED", "FAILED", "KILLED"],
+    note: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+) -> None:
+    """Closes a sweep's run with `note` as its description and the table as summary.json; nothing without a run."""
+    if store is None or run_id is None:
+        return
+    with _warned("the sweep's run stays without its summary"), _client(store.uri) as client:
+        from mlflow.entities import RunTag
+
+        table = {"path": "summary.json", "type": "table"}
+        client.log_text(run_id, json.dumps({"columns": list(columns), "data": list(rows)}), table["path"])
+        tags = {"mlflow.note.content": _short(note), "mlflow.loggedArtifacts": json.dumps([table])}
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        client.set_terminated(run_id, status)
+
+
+def sweep_link(
+    store: Store, run_id: str, sweep: str, runs: Sequence[str], columns: Sequence[str], *, order: str
+) -> str | None:
+    """Where a person finds a sweep: the model-training view with `columns`, by `order` falling, its jobs unfolded.
+
+    `runs` are those of its jobs; some may belong to an earlier sweep. The saved view is an undocumented tag of the
+    experiment: where MLflow refuses it, the link shows the same runs without it.
+    """
+    with _warned("no link to the sweep"), _client(store.uri) as client:
+        experiment = client.get_run(run_id).info.experiment_id
+        chosen = f"tags.sweep = '{sweep}'"
+        if not set(runs) <= set(_children(client, experiment, run_id)):
+            chosen = f"attributes.run_id IN ({', '.join(repr(run) for run in (run_id, *runs))})"
+        where = f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        view = {
+            "selectedColumns": list(columns),
+            "orderByKey": order,
+            "orderByAsc": False,
+            "searchFilter": chosen,
+            "runsExpanded": {run_id: True},
+        }
+        if _view_saved(client, experiment, run_id, f"sweep {sweep}", view):
+            where += f"&viewStateShareKey={run_id}"
+        else:
+            where += f"&searchFilter={quote(chosen)}"
+    return _in_ui(store.uri, where)
+
+
+def _view_saved(client: Any, experiment: str, key: str, name: str, view: Mapping[str, Any]) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    now = int(time.time() * 1000)
+    state = "deflate;" + base64.b64encode(zlib.compress(json.dumps(view).encode())).decode()
+    shared = json.dumps({"name": name, "createdAt": now, "updatedAt": now, "state": state})
+    try:
+        client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", shared)
+    except MlflowException as error:  # one with hundreds of jobs of earlier sweeps is too long
+        log.info("no saved view: %s", error)
+        return False
+    return True
 
 
 @contextmanager
@@ -272,9 +398,7 @@ def start(
     `dataset` has name, digest and source, and whatever else describes it; `parent` is the sweep's run. A tag
     `git_commit` also becomes MLflow's own.
     """
-    process = psutil.Process()
-    own = {"host": socket.gethostname(), "pid": str(process.pid), "process_start": f"{process.create_time():.2f}"}
-    own |= {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    own = _process_tags() | {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
     if parent:
         own["mlflow.parentRunId"] = parent
     if commit := tags.get("git_commit"):
@@ -294,6 +418,12 @@ def start(
             )
             client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
     return run_id
+
+
+def _process_tags() -> dict[str, str]:
+    """What tells later whether the process that opened a run is still alive."""
+    process = psutil.Process()
+    return {"host": socket.gethostname(), "pid": str(process.pid), "process_start": f"{process.create_time():.2f}"}
 
 
 def finish(run_id: str, uri: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
@@ -317,7 +447,10 @@ def run_link(uri: str, run_id: str) -> str:
     """Where a person finds the run: a URL, behind the command that opens the UI if the store is local."""
     with _client(uri) as client:
         experiment = client.get_run(run_id).info.experiment_id
-    fragment = f"/#/experiments/{experiment}/runs/{run_id}"
+    return _in_ui(uri, f"/#/experiments/{experiment}/runs/{run_id}")
+
+
+def _in_ui(uri: str, fragment: str) -> str:
     file = database(uri)
     if file is None:
         return public_uri(uri) + fragment

@@ -1,4 +1,6 @@
-"""Checks shapes and types of every call into src while testing, and keeps tests off the user's cache and the network."""
+"""Checks shapes and types of every call into src while testing, and keeps tests off the network."""
+
+# ruff: noqa: E402, I001 (what is set here must be set before the imports below)
 
 import os
 import tempfile
@@ -7,9 +9,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+import tests.typechecker  # noqa: F401 (the hook finds it by name)
 from jaxtyping import install_import_hook
 
-install_import_hook("src", "beartype.beartype")
+install_import_hook("src", "tests.typechecker.checked")
 
 import pytest
 import torch

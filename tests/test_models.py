@@ -21,10 +21,15 @@ def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"init": "pissa"}, {"init": "olora"}, {"init": "gaussian"}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"init": "pissa"}, {"init": "olora"}, {"init": "gaussian"}, {"use_dora": True}]
+)
 def test_detaching_leaves_the_model_bit_identical_even_after_an_error(tiny, changes):
     before, modules = state(tiny.model), [name for name, _ in tiny.model.named_modules()]
-    with pytest.raises(RuntimeError, match="on purpose"), adapter(tiny.model, replace(LORA, **changes), [1, 3], seed=0) as model:
+    with (
+        pytest.raises(RuntimeError, match=r"on purpose"),
+        adapter(tiny.model, replace(LORA, **changes), [1, 3], seed=0) as model,
+    ):
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.data.add_(0.3)
@@ -40,10 +45,12 @@ def test_the_blocks_that_produce_the_layers_are_adapted_and_no_others(tiny):
     with adapter(tiny.model, LORA, [1, 3], seed=0) as model:
         trained = {name.split(".layers.")[1].split(".")[0] for name, w in model.named_parameters() if w.requires_grad}
         assert trained == {"0", "2"}
-        assert model.peft_config["default"].layers_to_transform == [0, 2]
+        assert vars(model.peft_config["default"])["layers_to_transform"] == [0, 2]
 
 
-@pytest.mark.parametrize("changes", [{}, {"init": "pissa"}, {"init": "olora"}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"init": "pissa"}, {"init": "olora"}, {"use_dora": True}, {"use_rslora": True}]
+)
 def test_a_saved_adapter_gives_the_same_vectors_when_peft_loads_it(tiny, tmp_path, changes):
     prompts = tokenize(["maji", "nyumba", "water"], tiny.tokenizer)
     untouched = encode(tiny.model, prompts)
@@ -74,37 +81,39 @@ def test_a_model_is_loaded_once(tiny):
 
 class TestRefused:
     def test_an_absent_model_at_once(self):
-        with pytest.raises(UserError, match="model.id=nobody/nothing is not in this machine's cache and HF_HUB_OFFLINE"):
+        with pytest.raises(
+            UserError, match=r"model.id=nobody/nothing is not in this machine's cache and HF_HUB_OFFLINE"
+        ):
             load_model(model_config(source="hub", id="nobody/nothing", n_layers=None), NONE)
 
     def test_a_folder_that_is_not_there(self):
-        with pytest.raises(UserError, match="there is no such folder"):
+        with pytest.raises(UserError, match=r"there is no such folder"):
             load_model(model_config(source="hub", id="/no/such/folder", n_layers=None), NONE)
 
     def test_an_empty_folder(self, tmp_path):
-        with pytest.raises(UserError, match="holds no model"):
+        with pytest.raises(UserError, match=r"holds no model"):
             load_model(model_config(source="hub", id=str(tmp_path), n_layers=None), NONE)
 
     def test_pickled_weights(self, tiny, tmp_path):
         tiny.model.config.save_pretrained(tmp_path)
         tiny.tokenizer.save_pretrained(tmp_path)
         torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
-        with pytest.raises(UserError, match="holds no safetensors"):
+        with pytest.raises(UserError, match=r"holds no safetensors"):
             load_model(model_config(source="hub", id=str(tmp_path), n_layers=None), NONE)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_a_gpu_that_is_not_there(self):
-        with pytest.raises(UserError, match="model.device=cuda: torch sees no GPU"):
+        with pytest.raises(UserError, match=r"model.device=cuda: torch sees no GPU"):
             load_model(model_config(device="cuda"), NONE)
 
     def test_an_unknown_package(self):
-        with pytest.raises(UserError, match="packaged models are smollm2_135m, gemma3_270m"):
+        with pytest.raises(UserError, match=r"packaged models are smollm2_135m, gemma3_270m"):
             load_model(model_config(source="packaged", id="gpt5"), NONE)
 
     def test_a_depth_that_is_not_the_models(self, tiny, tmp_path):
         tiny.model.save_pretrained(tmp_path)
         tiny.tokenizer.save_pretrained(tmp_path)
-        with pytest.raises(UserError, match="n_layers=7, but .* has 4 blocks"):
+        with pytest.raises(UserError, match=r"n_layers=7, but .* has 4 blocks"):
             load_model(model_config(source="hub", id=str(tmp_path), n_layers=7), NONE)
 
 

@@ -61,7 +61,9 @@ def test_one_way_moves_the_source_alone():
     source = torch.randn(4, 8, requires_grad=True)
     target = torch.randn(4, 8, requires_grad=True)
     mask = torch.zeros(4, 4, dtype=torch.bool)
-    infonce_loss(functional.normalize(source), functional.normalize(target), mask, temperature=0.1, one_way=True).backward()
+    infonce_loss(
+        functional.normalize(source), functional.normalize(target), mask, temperature=0.1, one_way=True
+    ).backward()
     assert source.grad is not None
     assert target.grad is None
 

@@ -1,4 +1,4 @@
-"""The loop: the same losses and gradients as a full forward, reproducible, and never a listed translation as negative."""
+"""The loop: losses and gradients of a full forward, reproducible, never a listed translation as negative."""
 
 import numpy as np
 import pytest
@@ -114,7 +114,10 @@ def test_a_word_that_everything_translates_is_refused(tiny):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tiny):
-    with adapter(tiny.model, LORA, [1, 2], seed=1) as model, pytest.raises(NumbersError, match="at step 1 .*learning_rate"):
+    with (
+        adapter(tiny.model, LORA, [1, 2], seed=1) as model,
+        pytest.raises(NumbersError, match=r"at step 1 .*learning_rate"),
+    ):
         train(model, *words(tiny), OWN, TRIPLET, Schedule(epochs=9, batch_size=9, learning_rate=1e30))
 
 

@@ -1,0 +1,117 @@
+"""A sweep's jobs side by side: the rows, the mean and interval across seeds, and both as text and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SEEDS = ("train.seed", "dataset.seed")
+COLUMNS = {  # key in results.json, what a reader calls it; all at eval.layer, of the control split
+    "control/margin_gain": "margin gain",
+    "control/csls_p_at_1_before": "P@1 before",
+    "control/csls_p_at_1_after": "P@1 after",
+    "control/specificity_pvalue": "specificity p",
+}
+_GAINS = {"margin gain": "control/margin_gain", "P@1 gain": "control/csls_p_at_1_gain"}
+_MARKDOWN_ROWS = 25  # a description is cut at 6,000 characters
+
+Cell = str | float | None
+
+
+def read_results(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the done ones among a sweep's jobs found, under the sweep's names, with the gain of CSLS P@1 beside it."""
+    found = []
+    for job in jobs:
+        if job["status"] == "done":
+            results = json.loads((Path(job["folder"]) / "results.json").read_text(encoding="utf-8"))
+            if "control/csls_p_at_1_after" in results:
+                gain = results["control/csls_p_at_1_after"] - results["control/csls_p_at_1_before"]
+                results["control/csls_p_at_1_gain"] = gain
+            found.append(results | {"name": job["name"], "folder": job["folder"]})
+    return found
+
+
+def job_rows(found: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
+    """(name, verdict, COLUMNS…) of each job, the largest margin gain first; None where a pilot has no number."""
+    rows = [[results["name"], results["verdict"], *(results.get(key) for key in COLUMNS)] for results in found]
+    return sorted(rows, key=lambda row: -row[2] if isinstance(row[2], float) else float("inf"))
+
+
+def seed_rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """(name, verdicts, margin gain, P@1 gain) of each setting that several seeds repeat: mean and 95 % t-interval."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for results in found:
+        ignored = (*SEEDS, "tracking.", "sweep.")
+        setting = {key: value for key, value in results["params"].items() if not key.startswith(ignored)}
+        if "control/margin_gain" in results:
+            groups.setdefault(json.dumps(setting, sort_keys=True), []).append(results)
+    return [_seed_row(members) for members in groups.values() if len(members) > 1]
+
+
+def _seed_row(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    words = [member["name"].split() for member in members]
+    common = [word for word in words[0] if all(word in other for other in words)]  # leaves out seed=…
+    verdicts = Counter(member["verdict"] for member in members).most_common()
+    gains = [_interval([member[key] for member in members]) for key in _GAINS.values()]
+    return [
+        f"{' '.join(common)}, {len(members)} seeds",
+        ", ".join(f"{verdict} {count}" for verdict, count in verdicts),
+        *(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" for mean, low, high in gains),
+    ]
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): Student's 95 % interval of the mean."""
+    from scipy import stats
+
+    mean, error = sum(values) / len(values), float(stats.sem(values))
+    reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return mean, mean - reach, mean + reach
+
+
+def as_text(found: Sequence[Mapping[str, Any]]) -> str:
+    """Both tables for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=110, highlight=False, markup=False)
+    tables = [("control split, best margin gain first", ["", "verdict", *COLUMNS.values()], _shown(found))]
+    if seeds := seed_rows(found):
+        tables.append(("across seeds, mean and 95 % interval", ["", "verdicts", *_GAINS], seeds))
+    with console.capture() as capture:
+        for index, (title, columns, rows) in enumerate(tables):
+            if index:
+                console.print()
+            table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            for number, column in enumerate(columns):
+                table.add_column(column, justify="right" if number > 1 else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
+    """Both tables for the description of a tracked sweep; of many jobs only the best."""
+    parts = [_markdown(["job", "verdict", *COLUMNS.values()], _shown(found)[:_MARKDOWN_ROWS])]
+    if len(found) > _MARKDOWN_ROWS:
+        parts.append(f"The best {_MARKDOWN_ROWS} of {len(found)}; summary.json has them all.")
+    if seeds := seed_rows(found):
+        parts.append(_markdown(["across seeds", "verdicts", *_GAINS], seeds))
+    return "\n\n".join(parts)
+
+
+def _shown(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    formats = ("{}", "{}", "{:+.4f}", "{:.3f}", "{:.3f}", "{:.2g}")
+    return [
+        ["–" if cell is None else form.format(cell) for form, cell in zip(formats, row, strict=True)]
+        for row in job_rows(found)
+    ]
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

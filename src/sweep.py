@@ -1,0 +1,263 @@
+"""Sweeps: every job is known and checked before the first one starts; what is done already isn't done again.
+
+python -m src.run -m lora.layers='[1],[2],[1,2]' lora.rank=4,16 objective=triplet,infonce
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+
+from src import console, summary, tracking
+from src.config import read_config, run_name
+from src.errors import UserError
+from src.files import write_text
+from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+ROOT = Path(__file__).parent.parent
+FAILED = "failed.json"  # what ended a job, in its folder
+
+
+@dataclass
+class Sweep:
+    """A sweep under way: its folder, what sweep.json says, and where it is tracked."""
+
+    folder: Path
+    document: dict[str, Any]
+    store: tracking.Store | None
+
+
+_current: Sweep | None = None  # of this process; Hydra keeps nothing of a callback's that main could ask
+failures = 0  # of the sweep that this process closed
+
+
+class SweepCallback(Callback):
+    """What Hydra calls around a run or a sweep."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuses a bad config before Hydra makes a job folder."""
+        with _passed_on():
+            read = read_config(without_hydra(config))
+            if read.sweep.dry_run:
+                print(f"would run  {run_name(read)}")
+                raise SystemExit(0)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Checks and plans all jobs, and opens the sweep's run."""
+        with _passed_on():
+            begin(config)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002 (Hydra names its arguments)
+        """Sums up; after an interruption `close` is called by main instead."""
+        with _passed_on():
+            close()
+
+
+@contextmanager
+def _passed_on() -> Iterator[None]:
+    """Hydra makes warnings of a callback's exceptions and goes on; as a SystemExit's code they reach main."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(error) from error
+
+
+# --- before the first job -----------------------------------------------------------------------------------
+
+
+def begin(config: DictConfig) -> None:
+    """Plans the sweep and opens it, or ends the program where there is nothing to run. Raises UserError."""
+    global _current, failures
+    _current, failures = None, 0
+    planned = plan(config)
+    if planned.first.sweep.dry_run:
+        _print_plan(planned.jobs)
+        raise SystemExit(0)
+    store = tracking.open_store(planned.first.tracking, ROOT)
+    for job in planned.jobs:
+        if job["reused"]:
+            tracking.complete(store, Path(job["folder"]))
+        else:
+            (Path(job["folder"]) / FAILED).unlink(missing_ok=True)
+    earlier = None if planned.first.sweep.force else _earlier(planned)
+    if earlier and _all_done(earlier["jobs"]):
+        if _all_done(planned.jobs):
+            _print_end(earlier, _view(earlier, store))
+            print("nothing to do: every job is done; sweep.force=true repeats them")
+            raise SystemExit(0)
+        earlier = None  # not interrupted: its pairs have changed since, or a folder was deleted
+    document = {
+        "id": sweep_id(planned.folder),
+        "mlflow_run_id": None,
+        "command": tracking.public_uri(shlex.join(["python", "-m", "src.run", *sys.argv[1:]])),
+        "overrides": [tracking.public_uri(override) for override in planned.overrides],
+        "swept": planned.swept,
+        "started": _now(),
+        "ended": None,
+        "jobs": planned.jobs,
+    }
+    chosen = config.hydra.runtime.choices.get("experiment")
+    document["mlflow_run_id"] = _open_run(store, document, chosen, earlier)
+    _current = Sweep(planned.folder, document, store)
+    _write(_current)
+
+
+def _all_done(jobs: Sequence[Mapping[str, Any]]) -> bool:
+    return all(job["status"] == "done" for job in jobs)
+
+
+def _earlier(planned: Plan) -> dict[str, Any] | None:
+    """What the newest sweep of these very jobs wrote."""
+    wanted = {job["config_hash"] for job in planned.jobs}
+    files = sweep_root(planned.folder).rglob("sweep.json")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            document = json.loads(file.read_text(encoding="utf-8"))
+            if {job["config_hash"] for job in document["jobs"]} == wanted:
+                return document
+    return None
+
+
+def planned_job(folder: Path, number: int) -> dict[str, Any]:
+    """A job's entry in sweep.json; any process of the sweep may ask."""
+    return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["jobs"][number]
+
+
+def _print_plan(jobs: Sequence[Mapping[str, Any]]) -> None:
+    for job in jobs:
+        print(f"already done  {job['name']}  {job['folder']}" if job["reused"] else f"would run     {job['name']}")
+    print(f"{len(jobs)} jobs, {sum(job['reused'] for job in jobs)} of them done already")
+
+
+# --- the sweep's run in MLflow ------------------------------------------------------------------------------
+
+
+def _open_run(
+    store: tracking.Store | None,
+    document: Mapping[str, Any],
+    experiment: str | None,
+    earlier: Mapping[str, Any] | None,
+) -> str | None:
+    """The parent of the jobs' runs, handed to them through the environment. A resumed sweep goes on in its old run."""
+    tags = {"sweep": document["id"], "command": document["command"]}
+    name = experiment or f"sweep of {' × '.join(document['swept']) or 'one job'}"
+    run_id = tracking.open_sweep(store, name, tags, earlier["mlflow_run_id"] if earlier else None)
+    if run_id:
+        os.environ |= {tracking.PARENT: run_id, tracking.SWEEP: document["id"]}
+    return run_id
+
+
+def _view(document: Mapping[str, Any], store: tracking.Store | None) -> str | None:
+    """A link that opens the UI on the sweep: its jobs with what was swept and what came out, the best first."""
+    if not store or not document["mlflow_run_id"]:
+        return None
+    found = summary.read_results(document["jobs"])
+    params = [key if "." in key else f"{key}.name" for key in document["swept"]]
+    columns = [f"params.`{key}`" for key in params if all(key in results["params"] for results in found)]
+    columns += ["tags.`verdict`", *(f"metrics.`{key}`" for key in summary.COLUMNS)]
+    runs = [results["mlflow_run_id"] for results in found if results["mlflow_run_id"]]
+    return tracking.sweep_link(
+        store, document["mlflow_run_id"], document["id"], runs, columns, order="metrics.`control/margin_gain`"
+    )
+
+
+# --- after the last job -------------------------------------------------------------------------------------
+
+
+def close() -> None:
+    """Writes down and prints how the sweep ended, after the last job or an interruption; nothing without a sweep."""
+    global _current, failures
+    if _current is None:
+        return
+    sweep, _current = _current, None
+    for name in (tracking.PARENT, tracking.SWEEP):
+        os.environ.pop(name, None)
+    jobs = sweep.document["jobs"]
+    for job in jobs:
+        job["status"], job["error"] = outcome(Path(job["folder"]))
+    sweep.document["ended"] = _now()
+    _write(sweep)
+    statuses = {job["status"] for job in jobs}
+    failures = sum(job["status"] != "done" for job in jobs)
+    found = summary.read_results(jobs)
+    tracking.close_sweep(
+        sweep.store,
+        sweep.document["mlflow_run_id"],
+        status="KILLED" if {"killed", "pending"} & statuses else "FAILED" if failures else "FINISHED",
+        note=_note(sweep.document, found),
+        columns=["name", "verdict", *summary.COLUMNS, "folder"],
+        rows=[[*row, results["folder"]] for results in found for row in summary.job_rows([results])],
+    )
+    _print_end(sweep.document, _view(sweep.document, sweep.store))
+
+
+def _write(sweep: Sweep) -> None:
+    write_text(sweep.folder / "sweep.json", json.dumps(sweep.document, indent=1, ensure_ascii=False) + "\n")
+
+
+def clear(folder: Path) -> None:
+    """Takes an earlier attempt's results out of a job's folder, so that none of them can pass for the new ones."""
+    for name in ("results.json", FAILED, "training.csv"):
+        (folder / name).unlink(missing_ok=True)
+    if (folder / "adapter" / "adapter_config.json").exists():
+        shutil.rmtree(folder / "adapter")
+
+
+def record_failure(folder: Path, error: Exception) -> None:
+    """Leaves in a job's folder what ended it, in one line."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, UserError):
+        said = f"{type(error).__name__}: {said}"
+    write_text(folder / FAILED, json.dumps({"error": said, "kind": type(error).__name__}, ensure_ascii=False) + "\n")
+
+
+def outcome(folder: Path) -> tuple[str, str | None]:
+    """(done, failed, killed or pending; what ended it) of a job, from its folder."""
+    if (folder / "results.json").exists():
+        return "done", None
+    if (folder / FAILED).exists():
+        return "failed", json.loads((folder / FAILED).read_text(encoding="utf-8"))["error"]
+    return ("killed" if folder.exists() else "pending"), None
+
+
+def _note(document: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
+    """The Markdown description of the sweep's run."""
+    lost = [job for job in document["jobs"] if job["status"] != "done"]
+    parts = [f"```\n{document['command']}\n```", summary.as_markdown(found)]
+    parts += [f"- {job['status']}: {job['name']} {job['error'] or ''}".rstrip() for job in lost[:10]]
+    return "\n\n".join([*parts, f"Report: `python -m src.report {document['id']}`"])
+
+
+def _print_end(document: Mapping[str, Any], link: str | None) -> None:
+    jobs = document["jobs"]
+    print()
+    if found := summary.read_results(jobs):
+        print(summary.as_text(found))
+    for job in jobs:
+        if job["status"] in ("failed", "killed"):
+            why = f": {job['error']}" if job["error"] else ""
+            console.fail(f"{job['status']}: {job['name']}{why}; {job['folder']}/run.log")
+    counts = Counter({"done": "done", "pending": "not started"}.get(job["status"], job["status"]) for job in jobs)
+    print(f"{len(jobs)} jobs: {', '.join(f'{count} {status}' for status, count in counts.most_common())}")
+    print(f"report     python -m src.report {document['id']}")
+    if link:
+        print(f"in MLflow  {link}")
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
