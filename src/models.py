@@ -8,7 +8,7 @@ import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +40,14 @@ class LoadedModel:
 
 
 def load_model(model: ModelConfig, quant: QuantConfig) -> LoadedModel:
-    """The model that the config names, in evaluation mode; loaded once a process and shared by its jobs.
+    """The model that the config names, in evaluation mode; kept until another is asked for.
 
     Raises UserError naming the key for an absent model or package, an absent GPU, weights that aren't safetensors.
     """
     return _load(json.dumps(asdict(model)), json.dumps(asdict(quant)))
 
 
-@cache
+@lru_cache(maxsize=1)  # a sweep over models must not keep them all
 def _load(model_json: str, quant_json: str) -> LoadedModel:
     config, quant = ModelConfig(**json.loads(model_json)), QuantConfig(**json.loads(quant_json))
     device = _device(config)

@@ -251,7 +251,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(cli, tmp_path, ov
 
 
 def test_a_failed_job_is_told_with_its_log_and_exit_status_1(cli, tmp_path):
-    status, _, err = cli(*SMALL, "tracking=off", "train.learning_rate=1e30", "eval.probes=false")
+    status, _, err = cli(*SMALL, *INFONCE, "tracking=off", "objective.temperature=1e-42", "eval.probes=false")
     assert status == 1
     assert "not a finite number at step" in err
     assert "run.log" in err

@@ -58,7 +58,11 @@ def job_folder(folder: Path, uri: str, run_id: str | None = None, *, steps: int 
         "config_hash": "abc",
         "verdict": "none",
         "verdict_reason": "nothing moved",
-        "versions": {"torch": "2", "git_commit": "c0ffee"},
+        "name": "r8 L1,2 triplet",
+        "params": {"lora.layers": "[1, 2]", "lora.n_layers": "2"},
+        "model_revision": "tiny",
+        "git_commit": "c0ffee",
+        "versions": {"torch": "2"},
         "mlflow_run_id": run_id,
     }
     (folder / "results.json").write_text(json.dumps(results))
