@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PYTHONPATH := $(CURDIR)
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: run test lint format ui bench lock clean debian
 
