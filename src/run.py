@@ -129,7 +129,7 @@ def main() -> int:
 
     from src import sweep
 
-    # Threads that wait should sleep: where another program runs too, spinning ones halve the speed (measured: 25 against
+    # Threads that wait should sleep: where another program runs too, spinning ones halve the speed (25 against
     # 50 GFLOP/s), and on an idle machine it makes no difference. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
