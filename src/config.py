@@ -1,6 +1,6 @@
 """The schema of conf/, and the checks that refuse a bad combination before anything is loaded.
 
-The values stand in conf/*.yaml; the dataclasses give their types. Nothing here imports torch, transformers or mlflow.
+The values stand in conf/*.yaml; the dataclasses give their types. Importing this imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from src.errors import UserError
-from src.files import digest
+from src.files import digest, file_digest, folder_state
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -258,6 +258,11 @@ def _check_layers(config: Config, n_layers: int | None) -> None:
     read = _layer_list("objective.layer", config.objective.layer, n_layers, words=("final", "auto"), lowest=1)
     _layer_list("eval.layer", config.eval.layer, n_layers, words=("final",), lowest=0, one=True)
     _refuse_dead_adapters(_numbers(adapted), read)
+    if config.lora.layers == "auto" and read and "final" not in read:
+        raise UserError(
+            f"lora.layers=auto with objective.layer={config.objective.layer}: the choice could lie above the loss; "
+            "set objective.layer to auto, null or final"
+        )
 
 
 def _refuse_dead_adapters(adapted: Sequence[int], read: Sequence[Layer]) -> None:
@@ -282,8 +287,8 @@ def _layer_list(
     given: list[Any] = value if isinstance(value, list) else [value]
     allowed = f"{'a layer' if one else 'a list of layers'} from {lowest} to {n_layers or 'N'} or {' or '.join(words)}"
     wrong = [layer for layer in given if not _is_layer(layer, n_layers, words, lowest)]
-    if wrong or not given or (one and len(given) != 1):
-        what = f"{wrong[0]} is not possible" if wrong else "must name a layer"
+    if wrong or not given or (one and isinstance(value, list)):
+        what = f"{wrong[0]} is not possible" if wrong else f"must name {'one' if one else 'a'} layer"
         raise UserError(f"{key}={value}: {what}; give {allowed}")
     if len(set(given)) != len(given):
         raise UserError(f"{key}={value}: names a layer twice")
@@ -331,16 +336,27 @@ def resolve_layers(config: Config, n_layers: int, auto: int | None = None) -> tu
 def known_depth(model: ModelConfig) -> int | None:
     """N where it is known without loading: from conf/model, or from a local folder's config.json."""
     if model.n_layers is None and model.id and (config := Path(model.id) / "config.json").is_file():
-        values = json.loads(config.read_text())
-        values = values.get("text_config", values)
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+            values = values.get("text_config", values)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"model.id={model.id}: its config.json can't be read ({error})") from error
         return values.get("num_hidden_layers") or values.get("n_layer")
     return model.n_layers
 
 
 def config_hash(config: Config) -> str:
-    """Names a setting: two jobs with the same hash give the same numbers. Tracking and sweep keys don't count."""
+    """Names a setting, whatever the files it points to hold. Tracking and sweep keys don't count."""
     values = {name: value for name, value in asdict(config).items() if name not in ("tracking", "sweep")}
     return digest(json.dumps(values, sort_keys=True))[:16]
+
+
+def inputs_digest(config: Config) -> str:
+    """Names what the files hold that a setting points to: texts, a local model; the pairs have their own digest."""
+    texts = [f"{language} {file_digest(Path(path))}" for language, path in sorted(config.eval.text.items())]
+    model = Path(config.model.id or "")
+    local = config.model.source == "hub" and model.is_dir()
+    return digest(*texts, folder_state(model) if local else "")[:16]
 
 
 def run_name(config: Config) -> str:
@@ -355,8 +371,12 @@ def run_name(config: Config) -> str:
 
 
 def params(config: Config, n_layers: int) -> dict[str, str]:
-    """The resolved config, flattened to `group.key`, with the number of adapted blocks as `lora.n_layers`."""
-    values = {"lora.n_layers": str(n_adapted(config, n_layers))}
+    """The resolved config, flattened to `group.key`, with the number of adapted blocks as `lora.n_layers`.
+
+    That number is left out where `auto` has yet to choose.
+    """
+    auto = "auto" in (config.lora.layers, config.objective.layer)
+    values = {} if auto else {"lora.n_layers": str(n_adapted(config, n_layers))}
     for group, keys in asdict(config).items():
         values |= {
             f"{group}.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in keys.items()
@@ -365,7 +385,5 @@ def params(config: Config, n_layers: int) -> dict[str, str]:
 
 
 def n_adapted(config: Config, n_layers: int) -> int:
-    """How many blocks are adapted; 0 where nothing is trained, and where `auto` has yet to choose."""
-    if config.train.epochs == 0 or "auto" in (config.lora.layers, config.objective.layer):
-        return 0
-    return len(resolve_layers(config, n_layers)[0])
+    """How many blocks are adapted; 0 where nothing is trained."""
+    return len(resolve_layers(config, n_layers)[0]) if config.train.epochs else 0

@@ -48,6 +48,7 @@ PROBES = (("lm/perplexity_", "perplexity, {}"), ("translation/accuracy", "transl
 def result_table(results: Mapping[str, Any], eval_layer: str, folder: str, link: str | None) -> str:
     """The result of a run as text, at most 100 columns wide."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     trained = results.get("control/pair_cosine_after") is not None
@@ -64,14 +65,16 @@ def result_table(results: Mapping[str, Any], eval_layer: str, folder: str, link:
             table.add_row(label, *cells[0], *cells[1])
         console.print(table)
         for line in _test_lines(results) if trained else []:
-            console.print(line)
+            console.print(escape(line))
         for line in _probe_lines(results):
-            console.print(line)
+            console.print(escape(line))
         if trained:
-            console.print(f"\n[bold]verdict: {results['verdict']}[/bold]  {results['verdict_reason']}", soft_wrap=True)
-        console.print(f"\nresults  {folder}", soft_wrap=True)
+            console.print(
+                f"\n[bold]verdict: {results['verdict']}[/bold]  {escape(results['verdict_reason'])}", soft_wrap=True
+            )
+        console.print(f"\nresults  {escape(folder)}", soft_wrap=True)
         if link:
-            console.print(f"in MLflow  {link}", soft_wrap=True)
+            console.print(f"in MLflow  {escape(link)}", soft_wrap=True)
     return capture.get()
 
 

@@ -237,10 +237,10 @@ def judge(
     if learnt:
         gain = f"Trained pairs drew together beyond random matchings ({seen})"
         return Verdict("memorised", f"{gain}, but unseen pairs did not ({unseen}).", p)
-    for split, found in (("unseen", control), ("trained", train)):
+    for split, found, specificity in (("unseen", control, unseen), ("trained", train, seen)):
         if found.pair_cosine_gain > 0 and found.t_pvalue < alpha:
             gain = f"The cosine of {split} pairs rose by {found.pair_cosine_gain:.3g} (t-test p = {found.t_pvalue:.2g})"
-            return Verdict("inflated", f"{gain}, but no more than random matchings explain ({unseen}).", p)
+            return Verdict("inflated", f"{gain}, but no more than random matchings explain ({specificity}).", p)
     return Verdict("none", f"Unseen pairs gained no more than random matchings explain ({unseen}).", p)
 
 
@@ -257,7 +257,8 @@ def _array(similarities: np.ndarray | Tensor) -> Float[np.ndarray, "n n"]:
 def _epsilon(similarities: np.ndarray | Tensor) -> float:
     if isinstance(similarities, Tensor):
         return torch.finfo(similarities.dtype).eps
-    return float(np.finfo(similarities.dtype).eps)
+    kind = similarities.dtype if np.issubdtype(similarities.dtype, np.floating) else np.float64
+    return float(np.finfo(kind).eps)
 
 
 def _double_centred(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:

@@ -77,6 +77,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_state(folder: Path) -> str:
+    """Changes whenever a file of the folder is written; to hash gigabytes at each start would cost more than a run."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return digest(*(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files))[:16]
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -156,13 +156,14 @@ def pooled_states(
     Pooling happens inside the forward, so that a layer's hidden states are gone before the next layer's exist.
     """
     read: dict[Layer, Tensor] = {}
-    with _read_states(model, layers, lambda layer, hidden: read.__setitem__(layer, _pool(hidden, batch.pool))):
-        device = _input_device(model)
+    device = _input_device(model)
+    matrix = batch.pool.to(device)
+    with _read_states(model, layers, lambda layer, hidden: read.__setitem__(layer, _pool(hidden, matrix))):
         kwargs = {} if batch.position_ids is None else {"position_ids": batch.position_ids.to(device)}
         with suppress(_Stop):
             output = _decoder(model)(input_ids=batch.input_ids.to(device), use_cache=False, **kwargs)
             if "final" in layers:
-                read["final"] = _pool(output[0], batch.pool)
+                read["final"] = _pool(output[0], matrix)
     yield from read.items()
 
 

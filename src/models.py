@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from src.config import LoraConfig, ModelConfig, QuantConfig
 from src.errors import UserError
-from src.files import digest
+from src.files import cache_dir, digest, file_digest, folder_state, made_once
 from src.layers import blocks, depth, peft_indices
 from src.packaged import packaged_folder
 
@@ -44,20 +48,23 @@ def load_model(model: ModelConfig, quant: QuantConfig) -> LoadedModel:
 
     Raises UserError naming the key for an absent model or package, an absent GPU, weights that aren't safetensors.
     """
-    return _load(json.dumps(asdict(model)), json.dumps(asdict(quant)))
+    global _wanted
+    wanted = (json.dumps(asdict(model)), json.dumps(asdict(quant)))
+    if wanted != _wanted:
+        _load.cache_clear()  # a sweep over models must not hold two of them
+        _wanted = wanted
+    return _load(*wanted)
 
 
-@lru_cache(maxsize=1)  # a sweep over models must not keep them all
+_wanted: tuple[str, str] | None = None
+
+
+@lru_cache(maxsize=1)
 def _load(model_json: str, quant_json: str) -> LoadedModel:
     config, quant = ModelConfig(**json.loads(model_json)), QuantConfig(**json.loads(quant_json))
     device = _device(config)
-    if config.source == "tiny":
-        model, tokenizer = _tiny(config.n_layers or 4)
-        model.to(device)  # pyright: ignore[reportArgumentType]
-        revision = "tiny"
-    else:
-        folder, revision = _locate(config)
-        model, tokenizer = _from_folder(folder, config, quant, device)
+    folder, revision = _locate(config)
+    model, tokenizer = _from_folder(folder, config, quant, device)
     model.eval().requires_grad_(False)
     _keep_4bit_weights(model)
     if config.n_layers is not None and depth(model) != config.n_layers:
@@ -67,11 +74,8 @@ def _load(model_json: str, quant_json: str) -> LoadedModel:
 
 def _identity(model: PreTrainedModel, tokenizer: Any, model_json: str, quant_json: str, revision: str) -> str:
     """Names the weights and the arithmetic, so that a cached encoding is used for these alone."""
-    import torch
-    import transformers
-
-    versions = f"torch {torch.__version__} transformers {transformers.__version__} {model.device.type}"
-    return digest(model_json, quant_json, revision, versions, str(len(tokenizer)))
+    versions = [version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")]
+    return digest(model_json, quant_json, revision, *versions, model.device.type, str(len(tokenizer)))
 
 
 # --- where the weights come from ----------------------------------------------------------------------------
@@ -82,34 +86,29 @@ def _device(config: ModelConfig) -> str:
 
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"model.device={config.device}: torch sees no GPU here; set model.device=auto or cpu")
-    try:
-        torch.device(config.device)
-    except RuntimeError as error:
-        raise UserError(f"model.device={config.device}: must be auto, cpu, cuda or cuda:<number>") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise UserError(f"model.device={config.device}: must be auto, cpu, cuda or cuda:<number>")
+    if config.device != "cpu" and int(config.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise UserError(f"model.device={config.device}: torch sees no such GPU here; set model.device=auto or cpu")
     return config.device
 
 
 def _locate(config: ModelConfig) -> tuple[Path, str]:
     """(folder of the model, its revision)."""
+    if config.source == "tiny":
+        name = f"tiny-{config.n_layers}-{file_digest(Path(__file__))[:16]}"
+        return made_once(cache_dir() / "models" / name, lambda folder: _save_tiny(config.n_layers or 4, folder)), name
     assert config.id
     if config.source == "packaged":
         folder = packaged_folder(config.id)
         return folder, (folder / "source.sha256").read_text()
     if Path(config.id).is_dir():
-        return Path(config.id), _folder_state(Path(config.id))
+        if not (Path(config.id) / "config.json").is_file():
+            raise UserError(f"model.id={config.id}: this folder holds no model (no config.json)")
+        return Path(config.id), folder_state(Path(config.id))
     if Path(config.id).is_absolute() or config.id.startswith((".", "~")):
         raise UserError(f"model.id={config.id}: there is no such folder")
     return _from_hub(config)
-
-
-def _folder_state(folder: Path) -> str:
-    """Changes whenever a file of the folder is written; to hash gigabytes at each start would cost more than a run."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    if not any(path.suffix == ".json" for path in files):
-        raise UserError(f"model.id={folder}: this folder holds no model (no config.json)")
-    return digest(*(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files))[:16]
 
 
 def _from_hub(config: ModelConfig) -> tuple[Path, str]:
@@ -155,6 +154,7 @@ def _from_folder(
     folder: Path, config: ModelConfig, quant: QuantConfig, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -176,7 +176,7 @@ def _from_folder(
             device_map=config.device_map or device,
             **common,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.id={config.id}: can't be loaded: {_first_line(error)}") from error
     return model, tokenizer
 
@@ -212,8 +212,8 @@ def _keep_4bit_weights(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
-def _tiny(n_layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random Llama of width 64 whose tokens are single characters; the same on every machine."""
+def _save_tiny(n_layers: int, folder: Path) -> None:
+    """Makes a random Llama of width 64 whose tokens are single characters; the same on every machine."""
     import torch
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
@@ -237,7 +237,8 @@ def _tiny(n_layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config), tokenizer
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 # --- adapters -----------------------------------------------------------------------------------------------
@@ -269,9 +270,13 @@ def adapter(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[int], *, 
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    except BaseException:
+        _load.cache_clear()  # half of the adapter may be in: the next job must load the model anew
+        raise
     try:
         found = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
         assert found == expected, f"adapted {sorted(found ^ expected)} by mistake"
@@ -288,21 +293,25 @@ def _blocks_name(model: PreTrainedModel) -> str:
 
 
 def _target_names(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[int]) -> set[str]:
-    """Full names of the modules to adapt."""
+    """Full names of the modules to adapt: those with a matrix as weight, which is packed where it is quantised."""
     stack = blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)
     names = set()
     for index in peft_indices(layers):
-        inside = {name for name, module in stack[index].named_modules() if hasattr(module, "weight") and name}
+        inside = {name for name, module in stack[index].named_modules() if _is_matrix(module)}
         for target in lora.target_modules:
             matching = {name for name in inside if name == target or name.endswith(f".{target}")}
             if not matching:
-                known = sorted({name.rpartition(".")[2] for name in inside if "norm" not in name})
+                known = sorted({name.rpartition(".")[2] for name in inside})
                 raise UserError(
                     f"lora.target_modules: this model's blocks have no {target}; they have {', '.join(known)}"
                 )
             names |= {f"{prefix}.{index}.{name}" for name in matching}
     return names
+
+
+def _is_matrix(module: Any) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:

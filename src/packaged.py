@@ -6,8 +6,10 @@ import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+from src import console
 from src.errors import UserError
 from src.files import cache_dir, file_digest, made_once
 
@@ -47,17 +49,21 @@ def packaged_folder(name: str) -> Path:
     package = PACKAGES[name]
     if importlib.util.find_spec(package.name) is None:
         raise UserError(f"model.id={name}: the package that carries it is not installed: {package.install}")
-    return made_once(cache_dir() / "models" / name, lambda folder: _convert(package, folder))
+    folder = cache_dir() / "models" / f"{name}-{version(package.name.replace('_', '-'))}"
+    if not folder.exists():
+        console.say(f"converting {name} to safetensors, once: about half a minute")
+    return made_once(folder, lambda folder: _convert(package, folder))
 
 
 def _convert(package: Package, folder: Path) -> None:
     """Unpacks the weights to float32; the packed form runs several times slower and can't be saved."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = package.locate(Path(scratch))
         source, name = str(gguf.parent), gguf.name
+        logging.disable_progress_bar()
         AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
         unpack = GgufConfig(gguf_file=name, dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(

@@ -144,18 +144,18 @@ def relevant(pairs: Sequence[Pair], listed: Sequence[Pair]) -> Int[np.ndarray, "
     """Row i: the columns j, i among them, whose target is a listed translation of source i; padded with -1."""
     columns: dict[str, list[int]] = defaultdict(list)
     for column, pair in enumerate(pairs):
-        columns[_key(pair.target)].append(column)
+        columns[word_key(pair.target)].append(column)
     translations: dict[str, set[str]] = defaultdict(set)
     for pair in (*listed, *pairs):
-        translations[_key(pair.source)].add(_key(pair.target))
-    rows = [sorted(c for word in translations[_key(pair.source)] for c in columns.get(word, ())) for pair in pairs]
+        translations[word_key(pair.source)].add(word_key(pair.target))
+    rows = [sorted(c for word in translations[word_key(pair.source)] for c in columns.get(word, ())) for pair in pairs]
     table = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row
     return table
 
 
-def _key(word: str) -> str:
+def word_key(word: str) -> str:
     """What makes two spellings the same word: NFC, whatever the case."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", word).casefold())
 
@@ -190,7 +190,7 @@ def _sample(pairs: list[Pair], limit: int, seed: int) -> list[Pair]:
     """
     words: dict[str, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):
-        words[_key(pair.source)].append(i)
+        words[word_key(pair.source)].append(i)
     order = sorted(words, key=lambda word: files.digest("limit", str(seed), word))
     kept: set[int] = set()
     left_out: list[int] = []
@@ -218,10 +218,10 @@ def _linked(pairs: Sequence[Pair]) -> list[list[int]]:
         return word
 
     for pair in pairs:
-        parent[root(_key(pair.source))] = root(_key(pair.target))
+        parent[root(word_key(pair.source))] = root(word_key(pair.target))
     groups: dict[str, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):
-        groups[root(_key(pair.source))].append(i)
+        groups[root(word_key(pair.source))].append(i)
     return list(groups.values())
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config import Config, DatasetConfig, config_hash, read_config, run_name
+from src.config import Config, DatasetConfig, config_hash, inputs_digest, read_config, run_name
 from src.errors import UserError
+from src.tracking import public_uri
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -44,7 +45,7 @@ def plan(config: DictConfig) -> Plan:
         stranger = _identity(own / "results.json")
         if stranger and stranger[0] != config_hash(job):  # under a fixed hydra.sweep.dir
             raise UserError(f"hydra.sweep.dir: {own} holds another job's results; choose another folder")
-        done = finished.get((config_hash(job), digests[number]))
+        done = finished.get((config_hash(job), digests[number], inputs_digest(job)))
         jobs.append(_entry(number, overrides[number], job, swept, done or own, reused=done is not None))
     return Plan(folder, given, swept, configs[0], jobs)
 
@@ -134,7 +135,7 @@ def _entry(
     return {
         "number": number,
         "name": job_name(config, overrides, swept),
-        "overrides": list(overrides),
+        "overrides": [public_uri(override) for override in overrides],
         "config_hash": config_hash(config),
         "folder": str(folder),
         "status": "done" if reused else "pending",
@@ -168,8 +169,8 @@ def sweep_id(folder: Path) -> str:
     return str(folder) if root == folder else folder.relative_to(root).as_posix()
 
 
-def done_jobs(root: Path) -> dict[tuple[str, str], Path]:
-    """Folders of the whole jobs below `root`, by config hash and digest of the pairs; the newest of several."""
+def done_jobs(root: Path) -> dict[tuple[str, str, str], Path]:
+    """Folders of the whole jobs below `root`, by config hash and digests of pairs and inputs; the newest of several."""
     found = {}
     for file in sorted(root.rglob("results.json"), key=lambda file: file.stat().st_mtime):
         if identity := _identity(file):
@@ -177,8 +178,8 @@ def done_jobs(root: Path) -> dict[tuple[str, str], Path]:
     return found
 
 
-def _identity(results: Path) -> tuple[str, str] | None:
+def _identity(results: Path) -> tuple[str, str, str] | None:
     with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: not done
         found = json.loads(results.read_text(encoding="utf-8"))
-        return str(found["config_hash"]), str(found["dataset"]["digest"])
+        return str(found["config_hash"]), str(found["dataset"]["digest"]), str(found["inputs_digest"])
     return None

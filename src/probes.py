@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 
 from src.errors import UserError
 from src.layers import Progress
-from src.pairs import Pair
+from src.pairs import Pair, word_key
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Int
@@ -101,9 +101,9 @@ def candidate_words(
     """For each distinct query word its candidate translations, the right one first, the same for the same seed."""
     translations: defaultdict[str, set[str]] = defaultdict(set)
     for pair in (*queries, *listed):
-        translations[pair.source].add(pair.target)
-    near = list(dict.fromkeys(pair.target for pair in queries))
-    far = list(dict.fromkeys(pair.target for pair in listed if pair.target not in set(near)))
+        translations[word_key(pair.source)].add(word_key(pair.target))
+    near = {word_key(pair.target): pair.target for pair in queries}
+    far = {word_key(pair.target): pair.target for pair in listed if word_key(pair.target) not in near}
     draw = random.Random(seed)
     choices: dict[str, list[str]] = {}
     for pair in queries:
@@ -111,7 +111,7 @@ def candidate_words(
             continue
         wrong: list[str] = []
         for pool in (near, far):
-            usable = [word for word in pool if word not in translations[pair.source]]
+            usable = [word for key, word in pool.items() if key not in translations[word_key(pair.source)]]
             wrong += draw.sample(usable, min(len(usable), candidates - 1 - len(wrong)))
         if not wrong:
             raise UserError(f"word translation: no wrong answer to choose from for {pair.source!r}: give more pairs")

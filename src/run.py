@@ -50,10 +50,10 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
             before = study.encode_before(it, console.progress)
         layers = study.measure_layers(it, before, "pilot", ["all"], console.progress)
         found |= study.probe_before(it, console.progress)
-        after, losses, specificity = None, [], {}
+        after, losses = None, []
         if config.train.epochs:
             blocks, read, why = study.choose_layers(it, before)
-            found |= {"lora_layers_used": blocks, "objective_layers_used": list(read), "layers_chosen_because": why}
+            found |= study.describe_layers(it, blocks, read, why)
             with adapter(loaded.model, config.lora, blocks, seed=config.train.seed) as model:
                 with clock.timing("train"):
                     losses = study.train_adapter(it, model, read, console.progress)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from src.baseline import baseline_encoding, baseline_probes
-from src.config import Config, DatasetConfig, config_hash, params, resolve_layers, run_name
+from src.config import Config, DatasetConfig, config_hash, inputs_digest, params, resolve_layers, run_name
 from src.errors import UserError
 from src.evidence import SpecificityResult, gather_evidence, judge
 from src.layers import Layer, Progress, Prompt, all_layers, encode, tokenize
@@ -106,6 +106,7 @@ def describe(study: Study) -> dict[str, Any]:
     return {
         "name": run_name(config),
         "config_hash": config_hash(config),
+        "inputs_digest": inputs_digest(config),
         "params": {key: public_uri(value) for key, value in params(config, study.loaded.n_layers).items()},
         "model_revision": study.loaded.revision,
         "dataset": {
@@ -163,10 +164,11 @@ def measure_layers(
 def probe_before(study: Study, progress: Progress) -> dict[str, float]:
     """What the untouched model can do with its output, from the cache where an earlier run measured it."""
     lexicon = study.lexicon
-    inputs = repr((study.words, lexicon.digest, _texts(study), study.config.dataset.seed, study.config.eval.probes))
-    languages = repr((lexicon.source_language, lexicon.target_language))
+    config = study.config
+    inputs = (study.words, lexicon.digest, _texts(study), config.dataset.seed, config.eval.probes, EXAMPLES)
+    languages = (lexicon.source_language, lexicon.target_language)
     return baseline_probes(
-        study.loaded, inputs + languages, lambda: probe(study, study.loaded.model, "before", progress)
+        study.loaded, repr(inputs + languages), lambda: probe(study, study.loaded.model, "before", progress)
     )
 
 
@@ -229,6 +231,13 @@ def choose_layers(study: Study, before: Encoding) -> tuple[list[int], tuple[Laye
     best = max(scores, key=lambda layer: scores[layer])
     why = f"layer {best} has the train split's best CSLS P@1 ({scores[best][0]:.3f}, margin {scores[best][1]:.4f})"
     return *resolve_layers(config, study.loaded.n_layers, auto=best), why
+
+
+def describe_layers(study: Study, blocks: list[int], read: tuple[Layer, ...], why: str | None) -> dict[str, Any]:
+    """What results.json and MLflow say of the layers in use, `auto` or not."""
+    used = {"lora_layers_used": str(blocks), "objective_layers_used": str(list(read)), "layers_chosen_because": why}
+    counted = params(study.config, study.loaded.n_layers) | {"lora.n_layers": str(len(blocks))}
+    return used | {"params": {key: public_uri(value) for key, value in counted.items()}}
 
 
 def train_adapter(study: Study, model: nn.Module, read: tuple[Layer, ...], progress: Progress) -> list[float]:

@@ -212,8 +212,10 @@ def _write(sweep: Sweep) -> None:
 
 def clear(folder: Path) -> None:
     """Takes an earlier attempt's results out of a job's folder, so that none of them can pass for the new ones."""
-    for name in ("results.json", FAILED, "training.csv"):
+    for name in ("results.json", FAILED, "training.csv", "layers.csv", "pairs.csv"):
         (folder / name).unlink(missing_ok=True)
+    for figure in (folder / "plots").glob("*.png"):
+        figure.unlink()
     if (folder / "adapter" / "adapter_config.json").exists():
         shutil.rmtree(folder / "adapter")
 

@@ -518,13 +518,15 @@ def upload(folder: Path, run_id: str, uri: str) -> None:
     replaced; the logged model is looked up. Raises TrackingError.
     """
     with _client(uri) as client, upload_lock(folder):
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import Metric, Param, RunTag
 
         run = client.get_run(run_id)
         mark = _contents(folder)
         if run.data.tags.get(_MARK) == mark:
             return
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        late = {key: text for key, text in results.get("params", {}).items() if key not in run.data.params}
+        client.log_batch(run_id, params=[Param(key[:250], _short(public_uri(text))) for key, text in late.items()])
         layers = _rows(folder / "layers.csv")
         points = [*_scalars(results), *_series(layers), *_losses(_rows(folder / "training.csv"))]
         metrics = [Metric(key, value, run.info.start_time, step) for key, value, step in points if math.isfinite(value)]

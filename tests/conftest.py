@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # as src.tracking does, where a test imports mlflow first
 
 import tests.typechecker  # noqa: F401 (the hook finds it by name)
 from jaxtyping import install_import_hook

@@ -38,6 +38,8 @@ def config(*overrides: str) -> Config:
         (["objective.layer=[2,2]"], "twice"),
         (["eval.layer=31"], "eval.layer=31"),
         (["eval.layer=[1,2]"], "eval.layer"),
+        (["eval.layer=[3]"], "must name one layer"),
+        (["lora.layers=auto", "objective.layer=2"], "the choice could lie above the loss"),
         (["lora.rank=0"], "lora.rank=0: must be at least 1"),
         (["lora.dropout=1.5"], "lora.dropout=1.5: must be at least 0 and at most 0.99"),
         (["lora.alpha=0"], "lora.alpha=0.0: must be above 0"),

@@ -65,6 +65,15 @@ def test_a_saved_adapter_gives_the_same_vectors_when_peft_loads_it(tiny, tmp_pat
     torch.testing.assert_close(encode(again, prompts), adapted, atol=1e-5, rtol=0)
 
 
+def test_a_failed_attach_does_not_spoil_the_next_job(tiny):
+    broken = replace(LORA, target_modules=["q_proj", "v_proj"], rank=-1)  # what PEFT refuses
+    with pytest.raises(ValueError, match=r"rank|`r`"), adapter(tiny.model, broken, [1, 2], seed=0):
+        pass
+    again = load_model(model_config(), NONE)
+    with adapter(again.model, LORA, [1, 2], seed=0):
+        pass
+
+
 def test_missing_target_modules_are_named(tiny):
     with (
         pytest.raises(UserError, match=r"no nope; they have down_proj, .*q_proj"),
@@ -103,8 +112,21 @@ class TestRefused:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_a_gpu_that_is_not_there(self):
-        with pytest.raises(UserError, match=r"model.device=cuda: torch sees no GPU"):
+        with pytest.raises(UserError, match=r"model.device=cuda: torch sees no such GPU"):
             load_model(model_config(device="cuda"), NONE)
+
+    @pytest.mark.parametrize("device", ["mps", "meta", "cuda:x", "gpu"])
+    def test_a_device_that_is_none(self, device):
+        with pytest.raises(UserError, match=f"model.device={device}: must be auto, cpu, cuda"):
+            load_model(model_config(device=device), NONE)
+
+    def test_damaged_weights(self, tiny, tmp_path):
+        tiny.model.save_pretrained(tmp_path)
+        tiny.tokenizer.save_pretrained(tmp_path)
+        whole = (tmp_path / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="can't be loaded"):
+            load_model(model_config(source="hub", id=str(tmp_path)), NONE)
 
     def test_an_unknown_package(self):
         with pytest.raises(UserError, match=r"packaged models are smollm2_135m, gemma3_270m"):

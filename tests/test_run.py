@@ -275,15 +275,10 @@ def test_help_and_cfg_import_nothing_heavy():
 def test_the_real_model_learns_on_the_built_in_pairs(tmp_path, quant):
     """SmolLM2 and a few steps on real pairs: the trained pairs draw together, and the pilot shows the paper's trap."""
     store = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
-    few = [
-        "dataset.limit=160",
-        "dataset.control_size=40",
-        "train.epochs=2",
-        "train.learning_rate=1e-3",
-        "eval.permutations=999",
-    ]
+    few = ["dataset.limit=160", "dataset.control_size=40", "eval.permutations=999", "eval.probes=false"]
+    few += ["objective=infonce", "train.epochs=3", "train.learning_rate=1e-2"]
     done = subprocess.run(
-        [sys.executable, "-m", "src.run", f"quant={quant}", *few, "eval.probes=false", f"tracking.uri={store}"],
+        [sys.executable, "-m", "src.run", f"quant={quant}", *few, f"tracking.uri={store}"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -301,6 +296,6 @@ def test_the_real_model_learns_on_the_built_in_pairs(tmp_path, quant):
     assert pilot[peak, "pair_cosine"] > 0.99
     assert pilot[peak, "mismatched_cosine"] > 0.99  # wrong translations are as close: the cosine alone says nothing
     losses = [point.value for point in MlflowClient(store).get_metric_history(run.info.run_id, "train/loss")]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-8:]) < 0.95 * sum(losses[:8])  # the last epoch's against the first's
     assert run.data.metrics["train/specificity_pvalue"] <= 1
     assert run.data.tags["verdict"] == results["verdict"]
