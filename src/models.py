@@ -61,6 +61,9 @@ _wanted: tuple[str, str] | None = None
 
 @lru_cache(maxsize=1)
 def _load(model_json: str, quant_json: str) -> LoadedModel:
+    from transformers import logging
+
+    logging.disable_progress_bar()  # ours say what takes long
     config, quant = ModelConfig(**json.loads(model_json)), QuantConfig(**json.loads(quant_json))
     device = _device(config)
     folder, revision = _locate(config)
@@ -155,10 +158,9 @@ def _from_folder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.disable_progress_bar()
     if config.safetensors_only and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model.id={config.id}: holds no safetensors, and other weights can run code when loaded; "

@@ -58,12 +58,11 @@ def packaged_folder(name: str) -> Path:
 def _convert(package: Package, folder: Path) -> None:
     """Unpacks the weights to float32; the packed form runs several times slower and can't be saved."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = package.locate(Path(scratch))
         source, name = str(gguf.parent), gguf.name
-        logging.disable_progress_bar()
         AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
         unpack = GgufConfig(gguf_file=name, dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(

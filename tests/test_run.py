@@ -205,10 +205,10 @@ def test_auto_layers_are_chosen_on_the_train_split_and_recorded(cli, tmp_path):
     status, _, _ = cli(*SMALL, "lora.layers=auto", "objective.layer=auto", "tracking=off", "eval.probes=false")
     assert status == 0
     results = json.loads((job_folder(tmp_path) / "results.json").read_text())
-    assert results["lora_layers_used"] == list(range(1, results["objective_layers_used"][0] + 1))
-    assert results["layers_chosen_because"].startswith(
-        f"layer {results['objective_layers_used'][0]} has the train split"
-    )
+    (chosen,) = json.loads(results["objective_layers_used"])
+    assert json.loads(results["lora_layers_used"]) == list(range(1, chosen + 1))
+    assert results["params"]["lora.n_layers"] == str(chosen)
+    assert results["layers_chosen_because"].startswith(f"layer {chosen} has the train split's best CSLS P@1")
 
 
 @pytest.mark.parametrize(
@@ -275,8 +275,9 @@ def test_help_and_cfg_import_nothing_heavy():
 def test_the_real_model_learns_on_the_built_in_pairs(tmp_path, quant):
     """SmolLM2 and a few steps on real pairs: the trained pairs draw together, and the pilot shows the paper's trap."""
     store = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
-    few = ["dataset.limit=160", "dataset.control_size=40", "eval.permutations=999", "eval.probes=false"]
-    few += ["objective=infonce", "train.epochs=3", "train.learning_rate=1e-2"]
+    few = ["dataset.limit=60", "dataset.control_size=20", "eval.permutations=999", "eval.probes=false"]
+    few += ["lora.layers=[1,2,3,4]", "objective=infonce", "objective.layer=final"]
+    few += ["train.epochs=8", "train.batch_size=20", "train.learning_rate=2e-3"]
     done = subprocess.run(
         [sys.executable, "-m", "src.run", f"quant={quant}", *few, f"tracking.uri={store}"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
@@ -296,6 +297,7 @@ def test_the_real_model_learns_on_the_built_in_pairs(tmp_path, quant):
     assert pilot[peak, "pair_cosine"] > 0.99
     assert pilot[peak, "mismatched_cosine"] > 0.99  # wrong translations are as close: the cosine alone says nothing
     losses = [point.value for point in MlflowClient(store).get_metric_history(run.info.run_id, "train/loss")]
-    assert sum(losses[-8:]) < 0.95 * sum(losses[:8])  # the last epoch's against the first's
+    assert sum(losses[-2:]) < 0.95 * sum(losses[:2])  # the last epoch's against the first's
+    assert results["train/margin_gain"] > 0
     assert run.data.metrics["train/specificity_pvalue"] <= 1
     assert run.data.tags["verdict"] == results["verdict"]
