@@ -89,7 +89,7 @@ def track_through(server: str, tmp_path: Path) -> None:
     tracking.upload(folder, run_id, server)
     tracking.finish(run_id, server, "FINISHED")
     run = client(server).get_run(run_id)
-    assert (run.info.status, run.data.params, run.data.tags["verdict"]) == ("FINISHED", {"a": "b"}, "none")
+    assert (run.info.status, run.data.params["a"], run.data.tags["verdict"]) == ("FINISHED", "b", "none")
     assert len(history(server, run_id, "train/loss")) == 30
     assert run.info.artifact_uri.startswith("mlflow-artifacts:")
     table = json.loads(get(f"{server}/get-artifact?path=layers.json&run_uuid={run_id}"))
