@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,7 +63,9 @@ def _convert(package: Package, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    # transformers draws a progress bar of its own here, even where stderr is no terminal
+    bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    with bars, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = package.locate(Path(scratch))
         source, name = str(gguf.parent), gguf.name
         AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
