@@ -41,12 +41,12 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 def depth(model: nn.Module) -> int:
     """N, the number of blocks."""
-    return _text_config(model).num_hidden_layers
+    return text_config(model).num_hidden_layers
 
 
 def width(model: nn.Module) -> int:
     """d, the width of a hidden state."""
-    return _text_config(model).hidden_size
+    return text_config(model).hidden_size
 
 
 def all_layers(n_layers: int) -> list[Layer]:
@@ -206,9 +206,9 @@ class _Stop(Exception):  # noqa: N818 (not an error: the forward has gone as dee
 
 def packs(model: nn.Module) -> bool:
     """Whether this model keeps packed prompts apart, seen by comparing a packed with a stacked forward."""
-    top = min(1000, _text_config(model).vocab_size)
+    top = min(1000, text_config(model).vocab_size)
     prompts = [Prompt(tuple((7 * i + j * 31) % top for j in range(4)), 0, 4) for i in range(3)]
-    with torch.inference_mode(), _evaluating(model):
+    with evaluating(model):
         try:
             apart = dict(pooled_states(model, stacked(prompts), ["final"]))["final"]
             together = dict(pooled_states(model, packed(prompts), ["final"]))["final"]
@@ -243,7 +243,7 @@ def encode(
         where[row_of[prompt]].append(column)
     place = {layer: index for index, layer in enumerate(layers)}
     batches = _equal_length_batches(list(row_of), token_budget(model))
-    with torch.inference_mode(), _evaluating(model):
+    with evaluating(model):
         for batch in progress(batches, "Encoding words") if progress else batches:
             rows = [row_of[prompt] for prompt in batch]
             columns = torch.tensor([column for row in rows for column in where[row]])
@@ -289,13 +289,20 @@ def _pool(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is put back afterwards.
+
+    no_grad and not inference_mode: a forward may leave tensors in the model that training reads later (bitsandbytes
+    keeps what it unpacks).
+    """
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _decoder(model: nn.Module) -> nn.Module:
@@ -303,8 +310,10 @@ def _decoder(model: nn.Module) -> nn.Module:
     return base.get_decoder()  # pyright: ignore
 
 
-def _text_config(model: nn.Module) -> Any:
-    return model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the decoder, also where it is one part of a larger model."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
 
 
 def _input_device(model: nn.Module) -> torch.device:

@@ -7,8 +7,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedTokenizerBase
 
 from src.errors import UserError
-from src.layers import Progress
+from src.layers import Progress, evaluating, text_config
 from src.pairs import Pair, word_key
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
@@ -36,13 +35,13 @@ def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) 
     not scored. The text goes through piece by piece over one key-value cache, by the model's own forward (so soft caps
     and logit scales apply), and no more than 2²⁴ logits exist at once. Raises UserError if there is nothing to score.
     """
-    context = getattr(_text_config(model), "max_position_embeddings", None) or _MAX_TOKENS
+    context = getattr(text_config(model), "max_position_embeddings", None) or _MAX_TOKENS
     ids = tokenizer(text, truncation=True, max_length=min(_MAX_TOKENS, context))["input_ids"]
     if len(ids) < 2:
         raise UserError(f"perplexity: {text!r} is less than two tokens long: give a longer text")
     tokens = torch.tensor([ids], device=_device(model))
-    size = max(1, min(_POSITIONS, _LOGITS // _text_config(model).vocab_size))
-    with _evaluating(model):
+    size = max(1, min(_POSITIONS, _LOGITS // text_config(model).vocab_size))
+    with evaluating(model):
         cache, total = None, 0.0
         for start in range(0, len(ids) - 1, size):
             piece = tokens[:, start : min(start + size, len(ids) - 1)]
@@ -85,7 +84,7 @@ def translation_accuracy(
     answers = [[_continuation(tokenizer, closing, f" {choice}\n") for choice in choices[word]] for word in words]
     right = 0
     batches = list(_batches(model, [len(tail) for tail in tails], logits_each=[1] * len(tails)))
-    with _evaluating(model):
+    with evaluating(model):
         shared = torch.tensor([tokenizer(lines + opening)["input_ids"]], device=_device(model))
         prompt = model(input_ids=shared, use_cache=True, logits_to_keep=1).past_key_values
         for batch in progress(batches, "Translating words") if progress else batches:
@@ -170,7 +169,7 @@ def _batches(model: nn.Module, lengths: Sequence[int], *, logits_each: Sequence[
     for position, key in enumerate(zip(lengths, logits_each, strict=True)):
         groups[key].append(position)
     for (_, logits), group in sorted(groups.items()):
-        size = max(1, min(_ROWS, _LOGITS // (max(1, logits) * _text_config(model).vocab_size)))
+        size = max(1, min(_ROWS, _LOGITS // (max(1, logits) * text_config(model).vocab_size)))
         yield from (group[i : i + size] for i in range(0, len(group), size))
 
 
@@ -181,27 +180,5 @@ def _rows(cache: Cache, rows: Int[Tensor, " n"]) -> Cache:
     return chosen
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config(decoder=True)
-
-
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is put back afterwards.
-
-    no_grad and not inference_mode: a forward may leave tensors in the model that training reads later (bitsandbytes
-    repacks 4-bit weights on the CPU).
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -62,7 +62,9 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, by column."""
+    """The rows of a CSV file, by column; none where there is no such file."""
+    if not path.exists():
+        return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import logging
 import math
@@ -28,6 +27,7 @@ from filelock import FileLock
 from src.config import TrackingConfig
 from src.errors import UserError
 from src.files import digest, written_atomically
+from src.results import read_table
 
 # Set before mlflow is imported, where the user hasn't: no telemetry, no chatter, and minutes of retries cut short.
 _SETTINGS = {
@@ -527,8 +527,8 @@ def upload(folder: Path, run_id: str, uri: str) -> None:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         late = {key: text for key, text in results.get("params", {}).items() if key not in run.data.params}
         client.log_batch(run_id, params=[Param(key[:250], _short(public_uri(text))) for key, text in late.items()])
-        layers = _rows(folder / "layers.csv")
-        points = [*_scalars(results), *_series(layers), *_losses(_rows(folder / "training.csv"))]
+        layers, losses = (read_table(folder / name) for name in ("layers.csv", "training.csv"))
+        points = [*_scalars(results), *_series(layers), *_losses(losses)]
         metrics = [Metric(key, value, run.info.start_time, step) for key, value, step in points if math.isfinite(value)]
         for first in range(0, len(metrics), _METRICS):
             client.log_batch(run_id, metrics=metrics[first : first + _METRICS])
@@ -582,13 +582,6 @@ def _table(layers: Sequence[Mapping[str, str]]) -> dict[str, list[Any]]:
         "columns": ["layer", *names],
         "data": [[layer, *map(cells.get, names)] for layer, cells in rows.items()],
     }
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    if not file.exists():
-        return []
-    with file.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def _upload_files(client: Any, run_id: str, folder: Path, layers: Sequence[Mapping[str, str]]) -> None:
