@@ -141,6 +141,9 @@ def main() -> int:
     except KeyboardInterrupt:
         console.fail("interrupted")
         return 130
+    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 141
     except SystemExit as end:  # Hydra would make a warning of what a callback raises
         if not isinstance(end.code, Exception):
             raise
