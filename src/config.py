@@ -328,7 +328,7 @@ def resolve_layers(config: Config, n_layers: int, auto: int | None = None) -> tu
             read = [max(auto, *adapted)]
         case layers:
             named = layers if isinstance(layers, list) else [layers]
-            read = sorted(named, key=lambda layer: n_layers + 1 if layer == "final" else layer)
+            read = sorted(named, key=lambda layer: math.inf if layer == "final" else layer)
     _refuse_dead_adapters(adapted, read)
     return adapted, tuple(read)
 

@@ -9,7 +9,6 @@ import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,23 +47,20 @@ def load_model(model: ModelConfig, quant: QuantConfig) -> LoadedModel:
 
     Raises UserError naming the key for an absent model or package, an absent GPU, weights that aren't safetensors.
     """
-    global _wanted
-    wanted = (json.dumps(asdict(model)), json.dumps(asdict(quant)))
-    if wanted != _wanted:
-        _load.cache_clear()  # a sweep over models must not hold two of them
-        _wanted = wanted
-    return _load(*wanted)
+    key = json.dumps([asdict(model), asdict(quant)])
+    if key not in _held:
+        _held.clear()  # first, so that a sweep over models never holds two of them
+        _held[key] = _load(model, quant, key)
+    return _held[key]
 
 
-_wanted: tuple[str, str] | None = None
+_held: dict[str, LoadedModel] = {}  # the model in use, by what was asked for
 
 
-@lru_cache(maxsize=1)
-def _load(model_json: str, quant_json: str) -> LoadedModel:
+def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
     from transformers import logging
 
     logging.disable_progress_bar()  # ours say what takes long
-    config, quant = ModelConfig(**json.loads(model_json)), QuantConfig(**json.loads(quant_json))
     device = _device(config)
     folder, revision = _locate(config)
     model, tokenizer = _from_folder(folder, config, quant, device)
@@ -72,13 +68,13 @@ def _load(model_json: str, quant_json: str) -> LoadedModel:
     _keep_4bit_weights(model)
     if config.n_layers is not None and depth(model) != config.n_layers:
         raise UserError(f"model.n_layers={config.n_layers}, but {config.name} has {depth(model)} blocks: mend the key")
-    return LoadedModel(model, tokenizer, _identity(model, tokenizer, model_json, quant_json, revision), revision)
+    return LoadedModel(model, tokenizer, _identity(model, tokenizer, key, revision), revision)
 
 
-def _identity(model: PreTrainedModel, tokenizer: Any, model_json: str, quant_json: str, revision: str) -> str:
+def _identity(model: PreTrainedModel, tokenizer: Any, key: str, revision: str) -> str:
     """Names the weights and the arithmetic, so that a cached encoding is used for these alone."""
     versions = [version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")]
-    return digest(model_json, quant_json, revision, *versions, model.device.type, str(len(tokenizer)))
+    return digest(key, revision, *versions, model.device.type, str(len(tokenizer)))
 
 
 # --- where the weights come from ----------------------------------------------------------------------------
@@ -277,7 +273,7 @@ def adapter(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[int], *, 
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except BaseException:
-        _load.cache_clear()  # half of the adapter may be in: the next job must load the model anew
+        _held.clear()  # half of the adapter may be in: the next job must load the model anew
         raise
     try:
         found = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}

@@ -107,7 +107,7 @@ def describe(study: Study) -> dict[str, Any]:
         "name": run_name(config),
         "config_hash": config_hash(config),
         "inputs_digest": inputs_digest(config),
-        "params": {key: public_uri(value) for key, value in params(config, study.loaded.n_layers).items()},
+        "params": _params(study),
         "model_revision": study.loaded.revision,
         "dataset": {
             "name": config.dataset.pair or config.dataset.source,
@@ -120,6 +120,10 @@ def describe(study: Study) -> dict[str, Any]:
         "versions": versions(),
         "git_commit": git_commit(),
     }
+
+
+def _params(study: Study) -> dict[str, str]:
+    return {key: public_uri(value) for key, value in params(study.config, study.loaded.n_layers).items()}
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -236,8 +240,7 @@ def choose_layers(study: Study, before: Encoding) -> tuple[list[int], tuple[Laye
 def describe_layers(study: Study, blocks: list[int], read: tuple[Layer, ...], why: str | None) -> dict[str, Any]:
     """What results.json and MLflow say of the layers in use, `auto` or not."""
     used = {"lora_layers_used": str(blocks), "objective_layers_used": str(list(read)), "layers_chosen_because": why}
-    counted = params(study.config, study.loaded.n_layers) | {"lora.n_layers": str(len(blocks))}
-    return used | {"params": {key: public_uri(value) for key, value in counted.items()}}
+    return used | {"params": _params(study) | {"lora.n_layers": str(len(blocks))}}
 
 
 def train_adapter(study: Study, model: nn.Module, read: tuple[Layer, ...], progress: Progress) -> list[float]:
