@@ -23,6 +23,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Prints the tables of docs/performance.md: half an hour on an idle machine. ARGS="--only train" for a part.
+bench: $(READY)
+	$(BIN)/python -m bench.speed $(ARGS)
+
 ui: $(READY)
 	$(BIN)/python -m src.ui $(ARGS)
 

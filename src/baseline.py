@@ -2,59 +2,74 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from filelock import FileLock
 
-from src import layers, probes
+from src import layers, measures, probes
 from src.files import cache_dir, digest, file_digest, write_text, written_atomically
-from src.layers import Progress, Prompt, encode
+from src.layers import Progress, Prompt, depth, width
 from src.models import LoadedModel
+from src.vectors import Vectors, encode_words, rows_of, stored
 
 log = logging.getLogger(__name__)
 
 # A change of the code that measures makes a new key, as a change of the model does.
-_ENCODING_CODE, _PROBE_CODE = file_digest(Path(layers.__file__)), file_digest(Path(probes.__file__))
+_MODULES = {"encodings": layers, "measures": measures, "probes": probes}
+_CODE = {name: file_digest(Path(str(module.__file__))) for name, module in _MODULES.items()}
 
 
-def baseline_encoding(loaded: LoadedModel, prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:
-    """Unit vectors of the prompts at all layers, Float[Tensor, "layers prompts d"], read from the cache or made.
+def encoding_key(loaded: LoadedModel, prompts: Sequence[Prompt]) -> str:
+    """Names the vectors of these prompts, in this order."""
+    asked = repr([(prompt.ids, prompt.start, prompt.stop) for prompt in prompts])
+    return digest(loaded.identity, _CODE["encodings"], asked)
 
-    An entry that is damaged (its digest differs) is named in the log and made again.
+
+def baseline_encoding(loaded: LoadedModel, prompts: Sequence[Prompt], progress: Progress | None = None) -> Vectors:
+    """Unit vectors of the prompts at all layers, read from the cache or made; processes that ask at once make it once.
+
+    An entry that is damaged (its digest differs) is named in the log and made again; where the cache can't be written,
+    the vectors are made and not kept.
     """
-    key = digest(loaded.identity, _ENCODING_CODE, repr([(prompt.ids, prompt.start, prompt.stop) for prompt in prompts]))
-    file = cache_dir() / "encodings" / f"{key}.safetensors"
-    if file.exists():
-        try:
-            with safe_open(file, framework="pt") as entry:
-                vectors = entry.get_tensor("vectors")
-                if entry.metadata()["sha256"] == _digest(vectors):
-                    return vectors
-            log.warning("%s is damaged (its digest differs): made again", file)
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            log.warning("%s is damaged (%s): made again", file, error)
-    vectors = encode(loaded.model, prompts, progress=progress)
-    with written_atomically(file) as temporary:
-        save_file({"vectors": vectors}, temporary, metadata={"sha256": _digest(vectors)})
-    return vectors
+    distinct, row_of = rows_of(prompts)
+    shape = (depth(loaded.model) + 2, len(distinct), width(loaded.model))
+    file = cache_dir() / "encodings" / f"{encoding_key(loaded, distinct)}.f32"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if not _whole(file):
+                with written_atomically(file) as temporary:
+                    with temporary.open("r+b") as handle:
+                        encode_words(loaded.model, distinct, file=handle, progress=progress)
+                    write_text(file.with_suffix(".sha256"), file_digest(temporary))
+        with file.open("rb") as handle:
+            return stored(handle, shape, row_of)
+    except OSError as error:
+        log.warning("%s can't be written or read (%s): not kept", file, error)
+        return encode_words(loaded.model, prompts, progress=progress)
 
 
-def _digest(vectors: Tensor) -> str:
-    return hashlib.sha256(vectors.numpy().data).hexdigest()
+def _whole(file: Path) -> bool:
+    if not file.exists():
+        return False
+    expected = file.with_suffix(".sha256")
+    if expected.exists() and expected.read_text(encoding="utf-8") == file_digest(file):
+        return True
+    log.warning("%s is damaged (its digest differs): made again", file)
+    return False
 
 
-def baseline_probes(loaded: LoadedModel, inputs: str, make: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-    """The probes of the untouched model, read from the cache or made; `inputs` names all that they read.
+def baseline_values(kind: str, loaded: LoadedModel, inputs: str, make: Callable[[], Any]) -> Any:
+    """What `make` finds of the untouched model, as JSON holds it: read from the cache or made.
 
-    An entry that is damaged is named in the log and made again.
+    `kind` is "probes" or "measures", `inputs` names all that they read. A damaged entry is named in the log and made
+    again; where the cache can't be written, the values are not kept.
     """
-    file = cache_dir() / "probes" / f"{digest(loaded.identity, _PROBE_CODE, inputs)}.json"
+    file = cache_dir() / kind / f"{digest(loaded.identity, _CODE[kind], inputs)}.json"
     if file.exists():
         try:
             entry = json.loads(file.read_text(encoding="utf-8"))
@@ -63,6 +78,9 @@ def baseline_probes(loaded: LoadedModel, inputs: str, make: Callable[[], Mapping
             log.warning("%s is damaged (its digest differs): made again", file)
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is damaged (%s): made again", file, error)
-    values = dict(make())
-    write_text(file, json.dumps({"values": values, "sha256": digest(json.dumps(values))}))
+    values = json.loads(json.dumps(make()))
+    try:
+        write_text(file, json.dumps({"values": values, "sha256": digest(json.dumps(values))}))
+    except OSError as error:
+        log.warning("%s can't be written (%s): not kept", file, error)
     return values

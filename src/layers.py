@@ -226,31 +226,33 @@ def encode(
     prompts: Sequence[Prompt],
     *,
     layers: Sequence[Layer] | None = None,
-    out: Float[Tensor, "layers prompts d"] | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "layers prompts d"]:
     """Unit vectors of prompts at the given layers (all by default), float32 on the CPU, in the prompts' order.
 
     Each distinct prompt is run once, in batches of equal token count, so that the result depends neither on the
-    order nor on what else is in the batch. `out` receives the vectors (a memory-mapped tensor, say).
+    order nor on what else is in the batch.
     """
     layers = all_layers(depth(model)) if layers is None else layers
     row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    if out is None:
-        out = torch.empty(len(layers), len(prompts), width(model))
-    where: list[list[int]] = [[] for _ in row_of]
-    for column, prompt in enumerate(prompts):
-        where[row_of[prompt]].append(column)
+    distinct = torch.empty(len(layers), len(row_of), width(model))
+    for rows, vectors in encoded_batches(model, list(row_of), layers, progress):
+        distinct[:, rows] = vectors
+    return distinct[:, [row_of[prompt] for prompt in prompts]] if len(row_of) < len(prompts) else distinct
+
+
+def encoded_batches(
+    model: nn.Module, prompts: Sequence[Prompt], layers: Sequence[Layer], progress: Progress | None = None
+) -> Iterator[tuple[list[int], Float[Tensor, "layers rows d"]]]:
+    """Yields (places among the prompts, their unit vectors) of one batch after the other, shortest prompts first."""
+    batches = _equal_length_batches(prompts, token_budget(model))
     place = {layer: index for index, layer in enumerate(layers)}
-    batches = _equal_length_batches(list(row_of), token_budget(model))
     with evaluating(model):
-        for batch in progress(batches, "Encoding words") if progress else batches:
-            rows = [row_of[prompt] for prompt in batch]
-            columns = torch.tensor([column for row in rows for column in where[row]])
-            repeats = torch.tensor([i for i, row in enumerate(rows) for _ in where[row]])
-            for layer, vectors in pooled_states(model, stacked(batch), layers):
-                out[place[layer], columns] = vectors.cpu()[repeats]
-    return out
+        for rows in progress(batches, "Encoding words") if progress else batches:
+            vectors = torch.empty(len(layers), len(rows), width(model))
+            for layer, states in pooled_states(model, stacked([prompts[row] for row in rows]), layers):
+                vectors[place[layer]] = states
+            yield rows, vectors
 
 
 def token_budget(model: nn.Module) -> int:
@@ -258,14 +260,17 @@ def token_budget(model: nn.Module) -> int:
     return 512 if _input_device(model).type == "cpu" else 8192
 
 
-def _equal_length_batches(prompts: Sequence[Prompt], budget: int) -> list[list[Prompt]]:
-    batches: list[list[Prompt]] = []
-    for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
-        fits = batches and len(batches[-1][0].ids) == len(prompt.ids)
-        if fits and (len(batches[-1]) + 1) * len(prompt.ids) <= budget:
-            batches[-1].append(prompt)
+def _equal_length_batches(prompts: Sequence[Prompt], budget: int) -> list[list[int]]:
+    """Places of prompts with the same number of tokens, at most `budget` tokens in all."""
+    batches: list[list[int]] = []
+    length = 0
+    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids)):
+        same = batches and len(prompts[row].ids) == length
+        length = len(prompts[row].ids)
+        if same and (len(batches[-1]) + 1) * length <= budget:
+            batches[-1].append(row)
         else:
-            batches.append([prompt])
+            batches.append([row])
     return batches
 
 

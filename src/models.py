@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from src.config import LoraConfig, ModelConfig, QuantConfig
 from src.errors import UserError
 from src.files import cache_dir, digest, file_digest, folder_state, made_once
-from src.layers import blocks, depth, peft_indices
+from src.layers import Layer, blocks, depth, peft_indices
 from src.packaged import packaged_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+UNPACKED_BYTES = 2 * 2**30
 NETWORK_SECONDS = 5  # what an unreachable hub may cost before the user is told
 
 
@@ -208,6 +212,41 @@ def _keep_4bit_weights(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
+@contextmanager
+def unpacked(model: nn.Module, read: Sequence[Layer]) -> Iterator[None]:
+    """Keeps the 4-bit weights of the blocks that a loss at `read` runs as bfloat16 meanwhile, on a CPU.
+
+    bitsandbytes unpacks them at every forward and again at every backward; the numbers are the same to the bit. Where
+    they would take more than UNPACKED_BYTES, or on a GPU, nothing happens.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit
+
+    deepest = depth(model) if "final" in read else max(layer for layer in read if layer != "final")
+    stack = blocks(model)
+    packed: list[Any] = [  # none where the model isn't quantised
+        module
+        for index in peft_indices(range(1, deepest + 1))
+        for module in stack[index].modules()
+        if isinstance(module, Linear4bit) and module.weight.device.type == "cpu"
+    ]
+    if 2 * sum(math.prod(module.weight.quant_state.shape) for module in packed) > UNPACKED_BYTES:
+        packed = []
+    for module in packed:
+        weight = dequantize_4bit(module.weight.data.view(-1, 1), module.weight.quant_state).to(module.compute_dtype)
+        module.forward = partial(_linear, weight, module.bias)
+    try:
+        yield
+    finally:
+        for module in packed:
+            del module.forward
+
+
+def _linear(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    bias = None if bias is None else bias.to(weight.dtype)
+    return functional.linear(inputs.to(weight.dtype), weight, bias).to(inputs.dtype)
 
 
 def _save_tiny(n_layers: int, folder: Path) -> None:

@@ -48,7 +48,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     with tracking.tracked(folder, store, found) as run_id:
         with clock.timing("encode"):
             before = study.encode_before(it, console.progress)
-        layers = study.measure_layers(it, before, "pilot", ["all"], console.progress)
+        layers = study.measure_before(it, before, console.progress)
         found |= study.probe_before(it, console.progress)
         after, losses = None, []
         if config.train.epochs:
@@ -60,8 +60,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
                 save_adapter(model, folder / "adapter")
                 after = study.encode_after(it, model, console.progress)
                 found |= study.probe(it, model, "after", console.progress)
-            layers += study.measure_layers(it, before, "before", ["train", "control"], console.progress)
-            layers += study.measure_layers(it, after, "after", ["train", "control"], console.progress)
+            layers += study.measure_layers(it, after, "after", study.SPLITS, console.progress)
         conclusion, specificity = study.conclude(it, before, after, found)
         found |= conclusion | clock.seconds() | {"mlflow_run_id": run_id}
         results.write_job(folder, found, layers, study.pair_rows(it, before, after), losses, specificity)
@@ -134,6 +133,7 @@ def main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # else `a=1 -m b=2` fails
     register()
     sweep.failures = 0
     try:

@@ -11,19 +11,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from src.baseline import baseline_encoding, baseline_probes
+from src.baseline import baseline_encoding, baseline_values, encoding_key
 from src.config import Config, DatasetConfig, config_hash, inputs_digest, params, resolve_layers, run_name
 from src.errors import UserError
 from src.evidence import SpecificityResult, gather_evidence, judge
-from src.layers import Layer, Progress, Prompt, all_layers, encode, tokenize
+from src.layers import Layer, Progress, Prompt, all_layers, tokenize
 from src.measures import measure, pair_cosines, retrieval_ranks
-from src.models import LoadedModel
+from src.models import LoadedModel, unpacked
 from src.pairs import Lexicon, Pair, Split, read_pairs, relevant
 from src.pairs import split as split_pairs
 from src.probes import perplexity, translation_accuracy
 from src.results import git_commit, versions
 from src.tracking import public_uri
 from src.training import NumbersError, Objective, Schedule, train
+from src.vectors import Vectors, encode_words
 
 Stage = Literal["pilot", "before", "after"]
 SplitName = Literal["all", "train", "control"]
@@ -68,13 +69,22 @@ class Study:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Unit vectors of all pairs at all layers: Float[Tensor, "layers pairs d"] each."""
+    """Unit vectors of all pairs at all layers: the sources', then the targets'."""
 
-    source: Tensor
-    target: Tensor
+    vectors: Vectors
+    study: Study
 
     def at(self, layer_index: int, rows: slice) -> tuple[Tensor, Tensor]:
-        return self.source[layer_index, rows], self.target[layer_index, rows]
+        """(source, target) of some of the pairs at one layer. Raises NumbersError where they aren't finite numbers."""
+        n = len(self.study.pairs)
+        start, stop, _ = rows.indices(n)
+        source, target = (self.vectors.at(layer_index, slice(start + at, stop + at)) for at in (0, n))
+        if not (source.isfinite().all() and target.isfinite().all()):
+            raise NumbersError(
+                f"hidden states at layer {self.study.layers[layer_index]} are not finite numbers: the weights are "
+                f"damaged, or overflow in model.dtype={self.study.config.model.dtype} (try bfloat16 or float32)"
+            )
+        return source, target
 
 
 def read_words(config: DatasetConfig) -> tuple[Lexicon, Split]:
@@ -131,23 +141,28 @@ def _params(study: Study) -> dict[str, str]:
 
 def encode_before(study: Study, progress: Progress) -> Encoding:
     """The untouched model's vectors, from the cache where an earlier run made them."""
-    return _encoding(study, baseline_encoding(study.loaded, study.source + study.target, progress))
+    return Encoding(baseline_encoding(study.loaded, study.source + study.target, progress), study)
 
 
 def encode_after(study: Study, model: nn.Module, progress: Progress) -> Encoding:
     """The adapted model's vectors."""
-    return _encoding(study, encode(model, study.source + study.target, progress=progress))
+    return Encoding(encode_words(model, study.source + study.target, progress=progress), study)
 
 
-def _encoding(study: Study, vectors: Tensor) -> Encoding:
-    finite = torch.isfinite(vectors).all(dim=2).all(dim=1)
-    if not finite.all():
-        layer = study.layers[int(finite.int().argmin())]
-        raise NumbersError(
-            f"hidden states at layer {layer} are not finite numbers: the weights are damaged, or overflow in "
-            f"model.dtype={study.config.model.dtype} (try bfloat16 or float32)"
-        )
-    return Encoding(vectors[:, : len(study.source)], vectors[:, len(study.source) :])
+def measure_before(study: Study, before: Encoding, progress: Progress) -> list[LayerRow]:
+    """The untouched model's measures at every layer, from the cache where an earlier run made them.
+
+    Of all pairs, as the pilot; and of each split, where something is to be trained.
+    """
+    config = study.config
+    inputs = (encoding_key(study.loaded, study.source + study.target), study.lexicon.digest, config.dataset.seed)
+    sizes = (len(study.words.train), len(study.words.control), config.train.epochs > 0, config.eval.measures)
+
+    def make() -> list[LayerRow]:
+        pilot = measure_layers(study, before, "pilot", ["all"], progress)
+        return pilot + (measure_layers(study, before, "before", SPLITS, progress) if config.train.epochs else [])
+
+    return [tuple(row) for row in baseline_values("measures", study.loaded, repr(inputs + sizes), make)]
 
 
 def measure_layers(
@@ -171,8 +186,8 @@ def probe_before(study: Study, progress: Progress) -> dict[str, float]:
     config = study.config
     inputs = (study.words, lexicon.digest, _texts(study), config.dataset.seed, config.eval.probes, EXAMPLES)
     languages = (lexicon.source_language, lexicon.target_language)
-    return baseline_probes(
-        study.loaded, repr(inputs + languages), lambda: probe(study, study.loaded.model, "before", progress)
+    return baseline_values(
+        "probes", study.loaded, repr(inputs + languages), lambda: probe(study, study.loaded.model, "before", progress)
     )
 
 
@@ -246,22 +261,17 @@ def describe_layers(study: Study, blocks: list[int], read: tuple[Layer, ...], wh
 def train_adapter(study: Study, model: nn.Module, read: tuple[Layer, ...], progress: Progress) -> list[float]:
     """Trains the attached adapter on the train split; the loss of every step."""
     rows, objective, schedule = study.rows("train"), study.config.objective, study.config.train
-    return train(
-        model,
-        study.source[rows],
-        study.target[rows],
-        study.relevant("train").numpy(),
-        Objective(
-            objective.name,  # pyright: ignore[reportArgumentType]
-            read,
-            margin=objective.margin,
-            negatives=objective.negatives,  # pyright: ignore[reportArgumentType]
-            temperature=objective.temperature,
-            one_way=objective.one_way,
-        ),
-        Schedule(**asdict(schedule)),
-        progress=progress,
+    asked = Objective(
+        objective.name,  # pyright: ignore[reportArgumentType]
+        read,
+        margin=objective.margin,
+        negatives=objective.negatives,  # pyright: ignore[reportArgumentType]
+        temperature=objective.temperature,
+        one_way=objective.one_way,
     )
+    words = (study.source[rows], study.target[rows], study.relevant("train").numpy())
+    with unpacked(model, read):
+        return train(model, *words, asked, Schedule(**asdict(schedule)), progress=progress)
 
 
 # --- judging ------------------------------------------------------------------------------------------------

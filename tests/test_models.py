@@ -7,10 +7,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from src import models
 from src.config import QuantConfig
 from src.errors import UserError
 from src.layers import encode, tokenize
-from src.models import adapter, load_model, save_adapter
+from src.models import adapter, load_model, save_adapter, unpacked
 from tests.conftest import model_config
 from tests.test_training import LORA
 
@@ -155,6 +156,25 @@ def test_nf4_on_the_cpu_stays_close_and_trains(tiny, tmp_path, double):
         targets = tokenize(TARGET, loaded.tokenizer)
         losses = train(model, prompts, targets, OWN, Objective("triplet", (2,)), Schedule(20, 9, 1e-2))
     assert losses[-1] < 0.7 * losses[0]
+    with adapter(loaded.model, LORA, [1, 2], seed=1) as model, unpacked(model, (2,)):
+        assert losses == train(model, prompts, targets, OWN, Objective("triplet", (2,)), Schedule(20, 9, 1e-2))
+
+
+def test_4_bit_weights_are_unpacked_up_to_the_loss_and_within_bounds(tiny, tmp_path, monkeypatch):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    model = load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("nf4", False)).model
+
+    def held() -> list[str]:
+        return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+    with unpacked(model, (2,)):
+        assert len(held()) == 14  # seven matrices in each of two blocks
+        assert not any(".2." in name or ".3." in name for name in held())
+    assert not held()
+    monkeypatch.setattr(models, "UNPACKED_BYTES", 1000)
+    with unpacked(model, ("final",)):
+        assert not held()
 
 
 def test_int8(tiny, tmp_path):

@@ -1,0 +1,265 @@
+"""How fast against what a user would write? `make bench`, or python -m bench.speed [--repeats 5] [--only train].
+
+Prints medians and ratios, each measured side by side: peers and TLI Lab take turns within one process, on the same
+words (SmolLM2-135M, float32). The loaded machine slows all of them, so read the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as src.run sets it
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from bench import peers
+from bench.peers import Task
+from src import study
+from src.config import Config, read_config, register
+from src.layers import encode, tokenize
+from src.models import LoadedModel, _held, adapter, load_model
+from src.packaged import packaged_folder
+
+ROOT = Path(__file__).parent.parent
+Measured = dict[str, list[float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default 5)")
+    parts = {"train": training, "encode": encoding, "rate": arithmetic, "sweep": sweep, "start": start, "nf4": nf4}
+    parser.add_argument("--only", choices=parts, action="append", help="this part alone; may be repeated")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {arguments.repeats}", flush=True)
+    for name, part in parts.items():
+        if not arguments.only or name in arguments.only:
+            print(f"\n## {name}\n", flush=True)
+            part(arguments.repeats)
+
+
+def take_turns(contenders: dict[str, Callable[[], Any]], repeats: int) -> Measured:
+    """Seconds of each contender, `repeats` times, one after the other, after one call each that isn't timed."""
+    seconds: Measured = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, contender in contenders.items():
+            began = time.perf_counter()
+            contender()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def table(seconds: Measured, ours: str) -> None:
+    """Median, spread and, turn by turn, how many times as long as ours it took."""
+    print("| | median, s | least … most | × ours |\n|---|---|---|---|")
+    for name, values in seconds.items():
+        ratio = median(value / own for value, own in zip(values, seconds[ours], strict=True))
+        print(f"| {name} | {median(values):.2f} | {min(values):.2f} … {max(values):.2f} | {ratio:.2f} |", flush=True)
+
+
+def setting(*overrides: str) -> Config:
+    """The config of a run, composed as Hydra composes it."""
+    from hydra import compose, initialize_config_dir
+
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return read_config(compose("config", list(overrides)))
+
+
+def prepared(config: Config) -> study.Study:
+    return study.prepare(config, *study.read_words(config.dataset), load_model(config.model, config.quant))
+
+
+def silent(items: Sequence[Any], _: str) -> Sequence[Any]:
+    return items
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+LAYER_2 = Task(layers=(0, 1), read=2, loss="triplet")
+OUTPUT = Task(layers=(0, 1, 2, 3), read=-1, loss="infonce", batch_size=64)
+
+
+def training(repeats: int) -> None:
+    """An epoch over the train split: at layer 2 with triplets, and early adapters with InfoNCE at the output."""
+    shared = ("lora.dropout=0", "train.epochs=1")
+    layer_2 = setting(*shared, "lora.layers=[1,2]", "objective=triplet")
+    output = setting(
+        *shared, "lora.layers=[1,2,3,4]", "objective=infonce", "objective.layer=final", "train.batch_size=64"
+    )
+    for title, config, task in (
+        ("Loss at layer 2, adapters in blocks 1 and 2, triplet, batch 16", layer_2, LAYER_2),
+        ("Loss at the output, adapters in blocks 1 to 4, InfoNCE, batch 64", output, OUTPUT),
+    ):
+        _training(title, config, task, repeats)
+
+
+def _training(title: str, config: Config, task: Task, repeats: int) -> None:
+    folder = packaged_folder(str(config.model.id))
+    it = prepared(config)
+    pairs = [(pair.source, pair.target) for pair in it.words.train]
+    losses: dict[str, list[float]] = {}
+    blocks = [index + 1 for index in task.layers]
+    read = (task.read,) if task.read > 0 else ("final",)
+
+    def ours() -> None:
+        fresh = prepared(config)  # with tokenizing, as the peers do
+        with adapter(it.loaded.model, config.lora, blocks, seed=0) as model:
+            losses["ours"] = study.train_adapter(fresh, model, read, silent)
+
+    def script() -> None:
+        model, tokenizer = peers.peft_model(folder, task)
+        began = time.perf_counter()
+        losses["script"] = peers.train_peft(model, tokenizer, pairs, task)
+        spent["(a) PEFT script"].append(time.perf_counter() - began)
+
+    def sentence(cut: Path) -> None:
+        model = peers.sentence_transformer(cut, final_norm=task.read < 0)
+        began = time.perf_counter()
+        peers.train_sentence_transformer(model, pairs, task)
+        spent["(b) sentence-transformers"].append(time.perf_counter() - began)
+
+    # A peer's loading isn't counted, so it takes its own time.
+    spent: Measured = {"(a) PEFT script": [], "(b) sentence-transformers": []}
+    with peers.cut_to(folder, task.read if task.read > 0 else it.loaded.n_layers) as cut:
+        calls: dict[str, Callable[[], Any]] = {"a": script, "b": lambda: sentence(cut), "TLI Lab": ours}
+        own = take_turns(calls, repeats)["TLI Lab"]
+    print(f"{title}; {len(pairs)} pairs\n")
+    table({name: values[1:] for name, values in spent.items()} | {"TLI Lab": own}, "TLI Lab")
+    apart = max(abs(a - b) for a, b in zip(losses["script"], losses["ours"], strict=True))
+    print(f"\nLargest difference between (a)'s losses and ours over {len(losses['ours'])} steps: {apart:.1e}\n")
+
+
+# --- encoding -----------------------------------------------------------------------------------------------
+
+
+def encoding(repeats: int) -> None:
+    """All 1,372 words: at every layer, against (a)'s loop and against the final layer alone."""
+    config = setting()
+    it = prepared(config)
+    words = [pair.source for pair in it.pairs] + [pair.target for pair in it.pairs]
+    folder = packaged_folder(str(config.model.id))
+    model, tokenizer = peers.peft_model(folder, LAYER_2)
+    sentence = peers.sentence_transformer(folder, final_norm=True)
+
+    def ours() -> None:
+        encode(it.loaded.model, tokenize(words, it.loaded.tokenizer))
+
+    seconds = take_turns(
+        {
+            "(a) every layer, batches of 32": lambda: peers.encode_peft(model, tokenizer, words),
+            "(c) sentence-transformers, the final layer alone": lambda: sentence.encode(words, batch_size=32),
+            "TLI Lab, every layer": ours,
+        },
+        repeats,
+    )
+    table(seconds, "TLI Lab, every layer")
+
+
+def arithmetic(repeats: int) -> None:
+    """Encoding's share of the rate at which this machine multiplies matrices of the same shapes."""
+    it = prepared(setting())
+    distinct = list(dict.fromkeys(it.source + it.target))
+    tokens = sum(len(prompt.ids) for prompt in distinct)
+    weights = _matrices(it.loaded)
+    work = 2 * sum(weight.numel() for weight in weights)  # operations a token
+    inputs = {width: torch.randn(512, width) for width in {weight.shape[1] for weight in weights}}
+
+    def products() -> None:
+        for weight in weights:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+    seconds = take_turns({"products alone": products, "encoding": lambda: encode(it.loaded.model, distinct)}, repeats)
+    rates = [512 * work / value / 1e9 for value in seconds["products alone"]]
+    reached = [tokens * work / value / 1e9 for value in seconds["encoding"]]
+    share = median(own / most for own, most in zip(reached, rates, strict=True))
+    print(f"{len(distinct)} distinct words, {tokens} tokens, {work / 1e6:.0f} million operations a token")
+    print(f"matrix products of these shapes: {median(rates):.0f} GFLOP/s; encoding: {median(reached):.0f}; {share:.0%}")
+
+
+def _matrices(loaded: LoadedModel) -> list[torch.Tensor]:
+    from src.layers import blocks
+
+    return [weight.detach() for weight in blocks(loaded.model).parameters() if weight.ndim == 2]
+
+
+# --- a sweep ------------------------------------------------------------------------------------------------
+
+SWEPT = ("lora.layers=[1],[2],[1,2],[1,2,3]", "lora.rank=4,8,16")
+
+
+def sweep(repeats: int) -> None:
+    """Twelve jobs, layers × rank, through the real command, against twelve runs of (a) with its own evaluation."""
+    common = ["eval.probes=false"]
+    folder = packaged_folder(str(setting().model.id))
+    seconds: Measured = {"(a) one run": [], "TLI Lab, 12 jobs": []}
+    with tempfile.TemporaryDirectory() as place, suppress(KeyboardInterrupt):
+        for turn in range(repeats):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "bench.script", str(folder)], check=True, cwd=ROOT)
+            seconds["(a) one run"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            _command(Path(place) / str(turn), "-m", *common, *SWEPT)
+            seconds["TLI Lab, 12 jobs"].append(time.perf_counter() - began)
+    twelve = [12 * value for value in seconds["(a) one run"]]
+    table(
+        {"(a) twelve runs (one timed, × 12)": twelve, "TLI Lab, 12 jobs": seconds["TLI Lab, 12 jobs"]},
+        "TLI Lab, 12 jobs",
+    )
+
+
+def _command(folder: Path, *arguments: str) -> None:
+    store = f"tracking.uri=sqlite:///{folder}/mlruns/mlflow.db"
+    where = f"hydra.sweep.dir={folder}/multirun/sweep"
+    command = [sys.executable, "-m", "src.run", *arguments, store, where]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def start(repeats: int) -> None:
+    """What a user waits for before anything happens."""
+    for flags in (("--help",), ("--cfg", "job")):
+        command = [sys.executable, "-m", "src.run", *flags]
+        values = take_turns(
+            {"": lambda command=command: subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)},
+            repeats,
+        )[""]
+        print(f"python -m src.run {' '.join(flags)}: {median(values):.2f} s")
+
+
+def nf4(repeats: int) -> None:
+    """What 4-bit weights cost on a CPU: an epoch over 128 pairs, and the encoding of 256 words."""
+    contenders: dict[str, Callable[[], Any]] = {}
+    for quant in ("none", "nf4"):
+        it = prepared(setting(f"quant={quant}", "train.epochs=1", "dataset.limit=150", "dataset.control_size=22"))
+        for read in ((2,), ("final",)):
+            contenders[f"train at {read[0]}, {quant}"] = lambda it=it, read=read: _epoch(it, read)
+        contenders[f"encode, {quant}"] = lambda it=it: encode(it.loaded.model, [*it.source[:128], *it.target[:128]])
+        _held.clear()  # the next model must not push this one out: both take turns
+    seconds = take_turns(contenders, repeats)
+    for part in ("train at 2", "train at final", "encode"):
+        table({name: values for name, values in seconds.items() if name.startswith(part)}, f"{part}, none")
+        print()
+
+
+def _epoch(it: study.Study, read: tuple[Any, ...]) -> None:
+    with adapter(it.loaded.model, it.config.lora, [1, 2], seed=0) as model:
+        study.train_adapter(it, model, read, silent)
+
+
+if __name__ == "__main__":
+    main()

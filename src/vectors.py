@@ -1,0 +1,90 @@
+"""Unit vectors of words at all layers: in memory or, where they are many, in a file that is read a layer at a time."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from src.files import cache_dir
+from src.layers import Progress, Prompt, all_layers, depth, encoded_batches, width
+
+with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
+    from jaxtyping import Float, Int
+
+IN_MEMORY = 2**30  # bytes; larger encodings go to a file
+_BETWEEN = 32  # batches written before their pages are let go of
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors of prompts, each distinct one stored once, in memory or in a file's pages."""
+
+    array: Float[np.ndarray, "layers distinct d"]
+    row_of: Int[np.ndarray, " prompts"]
+    pages: mmap.mmap | None = None
+
+    def at(self, layer_index: int, rows: slice) -> Float[Tensor, "rows d"]:
+        """One layer's vectors of some of the prompts, a copy."""
+        found = torch.from_numpy(self.array[layer_index][self.row_of[rows]])
+        self.let_go()
+        return found
+
+    def let_go(self) -> None:
+        """Takes the file's pages out of this process's memory; what was written to them stays in the file."""
+        if self.pages:
+            self.pages.madvise(mmap.MADV_DONTNEED)
+
+
+def rows_of(prompts: Sequence[Prompt]) -> tuple[list[Prompt], Int[np.ndarray, " prompts"]]:
+    """(distinct prompts, where each of the prompts stands among them)."""
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    return list(row_of), np.array([row_of[prompt] for prompt in prompts])
+
+
+def encode_words(
+    model: nn.Module, prompts: Sequence[Prompt], *, file: IO[bytes] | None = None, progress: Progress | None = None
+) -> Vectors:
+    """Vectors of the prompts at all layers, in `file` where one is given.
+
+    Raises OSError at once where the disk can't hold them.
+    """
+    distinct, row_of = rows_of(prompts)
+    shape = (depth(model) + 2, len(distinct), width(model))
+    made = _room(shape, row_of) if file is None else _room_in(file, shape, row_of)
+    batches = encoded_batches(model, distinct, all_layers(depth(model)), progress)
+    for number, (rows, vectors) in enumerate(batches, start=1):
+        made.array[:, rows] = vectors.numpy()
+        if number % _BETWEEN == 0:
+            made.let_go()
+    return made
+
+
+def stored(file: IO[bytes], shape: tuple[int, ...], row_of: Int[np.ndarray, " prompts"]) -> Vectors:
+    """The vectors that a file holds. Raises ValueError where it is too short."""
+    pages = mmap.mmap(file.fileno(), 4 * math.prod(shape), access=mmap.ACCESS_READ)
+    return Vectors(np.frombuffer(pages, np.float32).reshape(shape), row_of, pages)
+
+
+def _room_in(file: IO[bytes], shape: tuple[int, ...], row_of: Int[np.ndarray, " prompts"]) -> Vectors:
+    size = 4 * math.prod(shape)
+    os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end the program by a signal
+    pages = mmap.mmap(file.fileno(), size)
+    return Vectors(np.frombuffer(pages, np.float32).reshape(shape), row_of, pages)
+
+
+def _room(shape: tuple[int, ...], row_of: Int[np.ndarray, " prompts"]) -> Vectors:
+    if 4 * math.prod(shape) <= IN_MEMORY:
+        return Vectors(np.empty(shape, np.float32), row_of)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache_dir()) as file:  # nameless: gone with the process, even if that is killed
+        return _room_in(file, shape, row_of)
