@@ -122,20 +122,20 @@ def _overlap(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and the matrix that pools each prompt's tokens out of all tokens of the batch.
+    """Token ids and, for each row, the matrix that pools its prompts' tokens out of all of the row's.
 
     `position_ids` restart at 0 for each prompt of a packed batch; a stacked batch needs none.
     """
 
     input_ids: Int[Tensor, "rows length"]
     position_ids: Int[Tensor, "rows length"] | None
-    pool: Float[Tensor, "prompts tokens"]
+    pool: Float[Tensor, "rows prompts length"]
 
 
 def stacked(prompts: Sequence[Prompt]) -> Batch:
     """A batch of prompts with the same number of tokens, one a row: nothing is padded, on any architecture."""
     input_ids = torch.tensor([prompt.ids for prompt in prompts])
-    return Batch(input_ids, None, _pool_matrix(prompts))
+    return Batch(input_ids, None, torch.stack([_pool_matrix([prompt]) for prompt in prompts]))
 
 
 def packed(prompts: Sequence[Prompt]) -> Batch:
@@ -145,7 +145,7 @@ def packed(prompts: Sequence[Prompt]) -> Batch:
     """
     input_ids = torch.tensor([[token for prompt in prompts for token in prompt.ids]])
     position_ids = torch.tensor([[position for prompt in prompts for position in range(len(prompt.ids))]])
-    return Batch(input_ids, position_ids, _pool_matrix(prompts))
+    return Batch(input_ids, position_ids, _pool_matrix(prompts)[None])
 
 
 def pooled_states(
@@ -249,10 +249,10 @@ def encoded_batches(
     place = {layer: index for index, layer in enumerate(layers)}
     with evaluating(model):
         for rows in progress(batches, "Encoding words") if progress else batches:
-            vectors = torch.empty(len(layers), len(rows), width(model))
+            vectors = torch.empty(len(layers), len(rows), width(model), device=_input_device(model))
             for layer, states in pooled_states(model, stacked([prompts[row] for row in rows]), layers):
                 vectors[place[layer]] = states
-            yield rows, vectors
+            yield rows, vectors.cpu()
 
 
 def token_budget(model: nn.Module) -> int:
@@ -287,10 +287,10 @@ def _pool_matrix(prompts: Sequence[Prompt]) -> Float[Tensor, "prompts tokens"]:
 
 
 def _pool(
-    hidden: Float[Tensor, "rows length d"], matrix: Float[Tensor, "prompts tokens"]
-) -> Float[Tensor, "prompts d"]:
-    mean = matrix.to(hidden.device) @ hidden.flatten(0, 1).float()
-    return functional.normalize(mean, dim=-1)
+    hidden: Float[Tensor, "rows length d"], matrix: Float[Tensor, "rows prompts length"]
+) -> Float[Tensor, "all_prompts d"]:
+    mean = torch.bmm(matrix.to(hidden.device), hidden.float())
+    return functional.normalize(mean.flatten(0, 1), dim=-1)
 
 
 @contextmanager
