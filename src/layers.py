@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn import functional
 from src.errors import UserError
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 Layer = int | Literal["final"]
 Pooling = Literal["mean", "last"]
@@ -124,28 +125,50 @@ def _overlap(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple
 class Batch:
     """Token ids and, for each row, the matrix that pools its prompts' tokens out of all of the row's.
 
-    `position_ids` restart at 0 for each prompt of a packed batch; a stacked batch needs none.
+    `position_ids` and `sees`, which token attends to which, belong to a packed batch; a stacked one needs neither.
     """
 
     input_ids: Int[Tensor, "rows length"]
-    position_ids: Int[Tensor, "rows length"] | None
     pool: Float[Tensor, "rows prompts length"]
+    position_ids: Int[Tensor, "rows length"] | None = None
+    sees: Bool[Tensor, "rows 1 length length"] | None = None
 
 
 def stacked(prompts: Sequence[Prompt]) -> Batch:
     """A batch of prompts with the same number of tokens, one a row: nothing is padded, on any architecture."""
     input_ids = torch.tensor([prompt.ids for prompt in prompts])
-    return Batch(input_ids, None, torch.stack([_pool_matrix([prompt]) for prompt in prompts]))
+    pool = torch.zeros(len(prompts), 1, input_ids.shape[1])
+    for row, prompt in enumerate(prompts):
+        pool[row, 0, prompt.start : prompt.stop] = 1 / (prompt.stop - prompt.start)
+    return Batch(input_ids, pool)
 
 
 def packed(prompts: Sequence[Prompt]) -> Batch:
-    """A batch of prompts one behind the other in a single row: one forward over the real tokens alone.
+    """A batch in a single row, a tree of the prompts' tokens where what several begin with stands once.
 
-    transformers masks attention between prompts where the position ids restart; `packs` checks that it does.
+    A token sees its own beginning alone, so its hidden state is the one that its prompt by itself would give it; a
+    BOS, a template and the first syllables that words share are run once. `packs` checks that the model keeps to it.
     """
-    input_ids = torch.tensor([[token for prompt in prompts for token in prompt.ids]])
-    position_ids = torch.tensor([[position for prompt in prompts for position in range(len(prompt.ids))]])
-    return Batch(input_ids, position_ids, _pool_matrix(prompts)[None])
+    nodes: dict[tuple[int, int], int] = {}  # by parent and token
+    paths, places = [], []
+    for prompt in prompts:
+        path = [-1]
+        for place, token in enumerate(prompt.ids):
+            key = (path[-1], token)
+            if key not in nodes:
+                nodes[key] = len(nodes)
+                places.append(place)
+            path.append(nodes[key])
+        paths.append(path[1:])
+    sees = torch.eye(len(nodes), dtype=torch.bool)
+    for (parent, _), node in nodes.items():
+        if parent >= 0:
+            sees[node] |= sees[parent]
+    pool = torch.zeros(1, len(prompts), len(nodes))
+    for row, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
+        pool[0, row, path[prompt.start : prompt.stop]] = 1 / (prompt.stop - prompt.start)
+    tokens = torch.tensor([[token for _, token in nodes]])
+    return Batch(tokens, pool, torch.tensor([places]), sees[None, None])
 
 
 def pooled_states(
@@ -159,7 +182,9 @@ def pooled_states(
     device = _input_device(model)
     matrix = batch.pool.to(device)
     with _read_states(model, layers, lambda layer, hidden: read.__setitem__(layer, _pool(hidden, matrix))):
-        kwargs = {} if batch.position_ids is None else {"position_ids": batch.position_ids.to(device)}
+        kwargs = {}
+        if batch.position_ids is not None and batch.sees is not None:
+            kwargs = {"position_ids": batch.position_ids.to(device), "attention_mask": batch.sees.to(device)}
         with suppress(_Stop):
             output = _decoder(model)(input_ids=batch.input_ids.to(device), use_cache=False, **kwargs)
             if "final" in layers:
@@ -204,15 +229,32 @@ class _Stop(Exception):  # noqa: N818 (not an error: the forward has gone as dee
     pass
 
 
-def packs(model: nn.Module) -> bool:
-    """Whether this model keeps packed prompts apart, seen by comparing a packed with a stacked forward."""
+def packs(model: nn.Module, prompts: Sequence[Prompt]) -> bool:
+    """Whether these prompts may be packed: seen by comparing a packed with a stacked forward, once for each model.
+
+    A sliding window that is shorter than a prompt would be lost, as the batch says itself what each token sees.
+    """
+    window = getattr(text_config(model), "sliding_window", None)
+    if window and max(len(prompt.ids) for prompt in prompts) > window:
+        return False
+    decoder = _decoder(model)
+    if decoder not in _packing:
+        _packing[decoder] = _keeps_apart(model)
+    return _packing[decoder]
+
+
+_packing: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _keeps_apart(model: nn.Module) -> bool:
     top = min(1000, text_config(model).vocab_size)
-    prompts = [Prompt(tuple((7 * i + j * 31) % top for j in range(4)), 0, 4) for i in range(3)]
+    words = ((1, 2, 3, 4), (1, 2, 5, 6), (1, 7, 8, 9), (10, 2, 3, 4))
+    prompts = [Prompt(tuple(31 * token % top for token in word), 0, 4) for word in words]
     with evaluating(model):
         try:
             apart = dict(pooled_states(model, stacked(prompts), ["final"]))["final"]
             together = dict(pooled_states(model, packed(prompts), ["final"]))["final"]
-        except TypeError:  # an architecture without position_ids
+        except (TypeError, ValueError, RuntimeError):  # an architecture that takes no such positions or mask
             return False
     exact = apart.dtype == _embeddings(model).weight.dtype and not getattr(model, "is_quantized", False)
     return bool(((apart * together).sum(dim=-1) > 1 - (1e-5 if exact else 5e-3)).all())
@@ -230,8 +272,8 @@ def encode(
 ) -> Float[Tensor, "layers prompts d"]:
     """Unit vectors of prompts at the given layers (all by default), float32 on the CPU, in the prompts' order.
 
-    Each distinct prompt is run once, in batches of equal token count, so that the result depends neither on the
-    order nor on what else is in the batch.
+    Each distinct prompt is run once. The result depends neither on the order nor on what else is in the batch, but for
+    the last bits.
     """
     layers = all_layers(depth(model)) if layers is None else layers
     row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
@@ -244,20 +286,47 @@ def encode(
 def encoded_batches(
     model: nn.Module, prompts: Sequence[Prompt], layers: Sequence[Layer], progress: Progress | None = None
 ) -> Iterator[tuple[list[int], Float[Tensor, "layers rows d"]]]:
-    """Yields (places among the prompts, their unit vectors) of one batch after the other, shortest prompts first."""
-    batches = _equal_length_batches(prompts, token_budget(model))
+    """Yields (places among the prompts, their unit vectors) of one batch after the other.
+
+    Packed where the model allows it; else batches of equal token count, in which nothing is padded either.
+    """
+    together = packs(model, prompts)
+    batches = (_similar_batches if together else _equal_length_batches)(prompts, token_budget(model))
+    form = packed if together else stacked
     place = {layer: index for index, layer in enumerate(layers)}
     with evaluating(model):
         for rows in progress(batches, "Encoding words") if progress else batches:
             vectors = torch.empty(len(layers), len(rows), width(model), device=_input_device(model))
-            for layer, states in pooled_states(model, stacked([prompts[row] for row in rows]), layers):
+            for layer, states in pooled_states(model, form([prompts[row] for row in rows]), layers):
                 vectors[place[layer]] = states
             yield rows, vectors.cpu()
 
 
 def token_budget(model: nn.Module) -> int:
-    """Tokens a batch may hold: enough to fill the device, few enough for its caches."""
-    return 512 if _input_device(model).type == "cpu" else 8192
+    """Tokens a batch may hold: enough to fill the device, few enough for its caches and for tokens² of attention."""
+    return 512 if _input_device(model).type == "cpu" else 2048
+
+
+def _similar_batches(prompts: Sequence[Prompt], budget: int) -> list[list[int]]:
+    """Places of prompts, those that begin alike together, whose trees have at most `budget` tokens."""
+    batches: list[list[int]] = []
+    size, before = budget, ()
+    for row in sorted(range(len(prompts)), key=lambda row: prompts[row].ids):
+        ids = prompts[row].ids
+        new = len(ids) - _shared(ids, before)
+        if size + new > budget:
+            batches.append([])
+            size, new = 0, len(ids)
+        batches[-1].append(row)
+        size, before = size + new, ids
+    return batches
+
+
+def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next(
+        (i for i, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other), min(len(ids), len(others))
+    )
 
 
 def _equal_length_batches(prompts: Sequence[Prompt], budget: int) -> list[list[int]]:
@@ -275,15 +344,6 @@ def _equal_length_batches(prompts: Sequence[Prompt], budget: int) -> list[list[i
 
 
 # --- small parts --------------------------------------------------------------------------------------------
-
-
-def _pool_matrix(prompts: Sequence[Prompt]) -> Float[Tensor, "prompts tokens"]:
-    matrix = torch.zeros(len(prompts), sum(len(prompt.ids) for prompt in prompts))
-    offset = 0
-    for row, prompt in enumerate(prompts):
-        matrix[row, offset + prompt.start : offset + prompt.stop] = 1 / (prompt.stop - prompt.start)
-        offset += len(prompt.ids)
-    return matrix
 
 
 def _pool(

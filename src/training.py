@@ -78,7 +78,7 @@ def train(
     pace = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, len(steps), schedule.warmup))
     right = _RightTranslations(relevant)
     fixed = _baseline_negatives(model, source, target, right, objective) if _needs_baseline(objective) else None
-    joint = packs(model)
+    joint = packs(model, [*source, *target])
     losses = []
     order = np.arange(len(source))
     model.train()

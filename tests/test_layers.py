@@ -101,15 +101,40 @@ def tiny_module():
     return loaded.model, loaded.tokenizer, words, encode(loaded.model, tokenize(words, loaded.tokenizer))
 
 
+def beginnings(some: list[Prompt]) -> set[tuple[int, ...]]:
+    return {prompt.ids[:end] for prompt in some for end in range(1, len(prompt.ids) + 1)}
+
+
 @pytest.mark.parametrize("make", [llama, gemma, gpt2])
 def test_a_packed_forward_keeps_prompts_apart(make):
     model = make()
-    assert packs(model)
-    some = prompts(20)
-    together = dict(pooled_states(model, packed(some), [2, "final"]))
-    apart = encode(model, some, layers=[2, "final"])
-    torch.testing.assert_close(together[2], apart[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(together["final"], apart[1], atol=1e-5, rtol=0)
+    some = [prompt for prompt in prompts(40) if len(prompt.ids) <= 4]  # Gemma's window
+    some += [Prompt((*prompt.ids[:2], 7, 8), 1, 4) for prompt in some if len(prompt.ids) > 2]
+    assert packs(model, some)
+    batch = packed(some)
+    assert batch.input_ids.numel() == len(
+        {prompt.ids[:end] for prompt in some for end in range(1, len(prompt.ids) + 1)}
+    )
+    together = dict(pooled_states(model, batch, [2, "final"]))
+    for i, prompt in enumerate(some):
+        apart = dict(pooled_states(model, stacked([prompt]), [2, "final"]))
+        for layer in (2, "final"):
+            torch.testing.assert_close(together[layer][i], apart[layer][0], atol=1e-5, rtol=0)
+
+
+def test_a_sliding_window_shorter_than_a_prompt_is_not_packed():
+    assert not packs(gemma(), [Prompt((1, 2, 3, 4, 5), 0, 5)])
+    assert packs(gemma(), [Prompt((1, 2, 3, 4), 0, 4)])
+
+
+def test_batches_of_trees_keep_to_the_budget():
+    some = prompts(200)
+    batches = layers._similar_batches(some, 30)
+    assert sorted(row for rows in batches for row in rows) == list(range(200))
+    sizes = [packed([some[row] for row in rows]).input_ids.numel() for rows in batches]
+    assert max(sizes) <= 30
+    assert sum(sizes) < sum(len(prompt.ids) for prompt in set(some))
+    assert layers._similar_batches([Prompt((1, 2, 3), 0, 3), Prompt((4, 5), 0, 2)], 2) == [[0], [1]]
 
 
 def test_packs_sees_a_model_that_mixes_packed_prompts():
@@ -117,9 +142,12 @@ def test_packs_sees_a_model_that_mixes_packed_prompts():
     decoder: Any = model.get_decoder()
     plain = decoder.forward
     decoder.forward = lambda **given: plain(
-        **{key: given[key] for key in given if key != "position_ids"}
-    )  # forgets where prompts begin
-    assert not packs(model)
+        **{key: given[key] for key in given if key != "attention_mask"}
+    )  # forgets which token sees which
+    assert not packs(model, prompts())
+    reference = llama()
+    reference.load_state_dict(model.state_dict())
+    torch.testing.assert_close(encode(model, prompts()), encode(reference, prompts()), atol=1e-5, rtol=0)
 
 
 def test_stopping_early_runs_no_deeper_block_and_gives_the_full_forwards_vectors():
@@ -150,7 +178,9 @@ def test_each_distinct_prompt_is_run_once():
         lambda _m, _a, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     twice = encode(model, prompts(10) + prompts(10))
-    assert sum(tokens) == sum(len(prompt.ids) for prompt in set(prompts(10)))
+    checked = sum(tokens[:2])  # by packs
+    encode(model, prompts(10))
+    assert sum(tokens) - checked == 2 * len(beginnings(prompts(10)))
     assert torch.equal(twice[:, :10], twice[:, 10:])
 
 
