@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-
+from src import summary
 from src.report_data import ALPHA, Job, Sweep
 from src.tracking import public_uri
 
@@ -22,7 +21,7 @@ COLUMNS = (
 
 def command(job: Job) -> str:
     """The line that repeats a run."""
-    return shlex.join(["python", "-m", "src.run", *map(public_uri, job.overrides)])
+    return summary.command([public_uri(override) for override in job.overrides])
 
 
 def finding(sweep: Sweep) -> str:

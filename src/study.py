@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -243,7 +243,13 @@ def describe_layers(study: Study, blocks: list[int], read: tuple[Layer, ...], wh
     return used | {"params": _params(study) | {"lora.n_layers": str(len(blocks))}}
 
 
-def train_adapter(study: Study, model: nn.Module, read: tuple[Layer, ...], progress: Progress) -> list[float]:
+def train_adapter(
+    study: Study,
+    model: nn.Module,
+    read: tuple[Layer, ...],
+    progress: Progress,
+    after_epoch: Callable[[int], None] | None = None,
+) -> list[float]:
     """Trains the attached adapter on the train split; the loss of every step."""
     rows, objective, schedule = study.rows("train"), study.config.objective, study.config.train
     return train(
@@ -261,7 +267,16 @@ def train_adapter(study: Study, model: nn.Module, read: tuple[Layer, ...], progr
         ),
         Schedule(**asdict(schedule)),
         progress=progress,
+        after_epoch=after_epoch,
     )
+
+
+def control_margin(study: Study, model: nn.Module) -> float:
+    """The adapted model's margin of the control split at the evaluation layer, and nothing else: quick."""
+    rows = study.rows("control")
+    prompts = study.source[rows] + study.target[rows]
+    source, target = encode(model, prompts, layers=[study.config.eval.layer])[0].chunk(2)
+    return measure(source, target, study.relevant("control"), names=("margin",))["margin"]
 
 
 # --- judging ------------------------------------------------------------------------------------------------
