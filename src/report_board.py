@@ -26,7 +26,7 @@ def command(job: Job) -> str:
 
 def finding(sweep: Sweep) -> str:
     """What the sweep shows, in a sentence or two."""
-    best, tries = sweep.ranked[0], len(sweep.trained)
+    best, tries = sweep.ranked[0], sweep.tries
     if not tries:
         return "Nothing was trained: these are pilots, which show where the two languages meet in the untouched model."
     if tries == 1:
@@ -67,7 +67,7 @@ def signed(value: float | None, form: str) -> str:
 
 def caveats(sweep: Sweep) -> list[str]:
     """What a reader of the leaderboard must not overlook."""
-    tries, found = len(sweep.trained), []
+    tries, found = sweep.tries, []
     if tries > 1:
         found.append(
             f"The best of {tries} runs looks better than it is, as it was picked on the same control words: "

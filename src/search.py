@@ -178,7 +178,8 @@ class Search:
         self.told += 1
         job["status"], job["error"] = sweep.outcome(Path(job["folder"]))
         outcome = f"{self.settings.metric} {told.value:.4g}" if job["status"] == "done" else job["status"]
-        print(f"{self.told} of {self.settings.n_trials} trials: {job['name']}: {outcome}")
+        again = "" if job["trial"] == number else " (the same setting again)"
+        print(f"{self.told} of {self.settings.n_trials} trials: {job['name']}{again}: {outcome}")
 
     def _tell(self, number: int, job: Mapping[str, Any]) -> FrozenTrial:
         match sweep.outcome(Path(job["folder"]))[0]:
@@ -195,9 +196,13 @@ class Search:
 
 def run(launch: Callable[..., Sequence[Any]]) -> None:
     """Asks, launches and tells, as many trials at once as `n_jobs` says, until there are enough."""
-    search = sweep.search_under_way()
+    store, search = sweep.under_way().store, sweep.under_way().search
+    assert search
     while search.missing:
         asked = [search.ask() for _ in range(min(search.settings.n_jobs, search.missing))]
+        for _, job, _ in asked:
+            if job["status"] == "done":
+                tracking.complete(store, Path(job["folder"]))
         sweep.write()
         _run_jobs(launch, [(job, overrides) for number, job, overrides in asked if job["trial"] == number])
         for number, job, _ in asked:

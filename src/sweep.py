@@ -175,10 +175,10 @@ def planned_job(folder: Path, number: int) -> dict[str, Any]:
     return job | {"search": document.get("search", {})}
 
 
-def search_under_way() -> Search:
-    """The search that `begin` has opened."""
-    assert _current and _current.search
-    return _current.search
+def under_way() -> Sweep:
+    """The sweep that `begin` has opened."""
+    assert _current
+    return _current
 
 
 def _print_plan(jobs: Sequence[Mapping[str, Any]]) -> None:
