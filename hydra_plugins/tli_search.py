@@ -20,7 +20,8 @@ class SearchSweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:  # noqa: ARG002 (Hydra names its arguments)
-        from src.search import run
+        from src import search, sweep
 
-        assert self.launcher
-        run(self.launcher.launch)
+        begun = sweep.under_way()
+        assert self.launcher and begun.search
+        search.run(begun.search, begun.store, self.launcher.launch, sweep.write)

@@ -106,7 +106,7 @@ def job(composed: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from src import sweep, tracking
+    from src import results, sweep, tracking
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
@@ -119,7 +119,7 @@ def job(composed: DictConfig) -> None:
             return
         print(f"job {planned['number']}: {planned['name']}")
         os.environ[tracking.NAME] = planned["name"]
-    sweep.clear(folder)
+    results.clear(folder)
     logging.captureWarnings(True)  # the libraries' warnings go to run.log
     try:
         config, judge = read_config(composed), None
@@ -132,7 +132,7 @@ def job(composed: DictConfig) -> None:
         print(f"pruned: {pruned}")
     except Exception as error:
         log.error("%s", error, exc_info=not isinstance(error, UserError))
-        sweep.record_failure(folder, error)
+        results.record_failure(folder, error)
         if not swept:
             _errors.append((folder, error))
     finally:

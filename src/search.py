@@ -15,17 +15,18 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
-from src import sweep, tracking
+from src import tracking
 from src.config import Config, config_hash
 from src.errors import Pruned, UserError
 from src.files import digest, write_text, written_atomically
 from src.plan import Plan, checked, compose, done_jobs, entry, given_overrides, identity, sweep_root
-from src.results import write_table
+from src.results import PRUNED, SETTLED, clear, outcome, record_failure, write_table
 from src.space import as_overrides, as_text, distribution, ends, read_settings, refuse_metric
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+ROOT = Path(__file__).parent.parent
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -90,8 +91,8 @@ class Search:
         for trial in trials:
             job = trial.user_attrs.get("job")
             if job and trial.state != TrialState.FAIL:
-                status, error = sweep.outcome(Path(job["folder"]))
-                if status in sweep.SETTLED:
+                status, error = outcome(Path(job["folder"]))
+                if status in SETTLED:
                     self.plan.jobs.append(job | {"status": status, "error": error, "reused": True})
         numbers = [job["number"] for job in self.plan.jobs]
         self.repeats = sum(trial.user_attrs.get("repeats") in numbers for trial in trials)
@@ -160,7 +161,7 @@ class Search:
         done = None
         if isinstance(found, Config):
             for job in self.plan.jobs:
-                if job["config_hash"] == config_hash(found) and job["status"] in (*sweep.SETTLED, "pending"):
+                if job["config_hash"] == config_hash(found) and job["status"] in (*SETTLED, "pending"):
                     trial.set_user_attr("repeats", job["number"])
                     self.repeats += 1
                     return trial.number, job, overrides
@@ -176,13 +177,13 @@ class Search:
         """Tells the study how a trial's job ended, and the person. Raises UserError where it lacks the metric."""
         told = self._tell(number, job)
         self.told += 1
-        job["status"], job["error"] = sweep.outcome(Path(job["folder"]))
-        outcome = f"{self.settings.metric} {told.value:.4g}" if job["status"] == "done" else job["status"]
+        job["status"], job["error"] = outcome(Path(job["folder"]))
+        said = f"{self.settings.metric} {told.value:.4g}" if job["status"] == "done" else job["status"]
         again = "" if job["trial"] == number else " (the same setting again)"
-        print(f"{self.told} of {self.settings.n_trials} trials: {job['name']}{again}: {outcome}")
+        print(f"{self.told} of {self.settings.n_trials} trials: {job['name']}{again}: {said}")
 
     def _tell(self, number: int, job: Mapping[str, Any]) -> FrozenTrial:
-        match sweep.outcome(Path(job["folder"]))[0]:
+        match outcome(Path(job["folder"]))[0]:
             case "done":
                 results = json.loads((Path(job["folder"]) / "results.json").read_text(encoding="utf-8"))
                 if not isinstance(value := results.get(self.settings.metric), int | float):
@@ -194,33 +195,36 @@ class Search:
                 return self._study.tell(number, state=TrialState.FAIL)
 
 
-def run(launch: Callable[..., Sequence[Any]]) -> None:
-    """Asks, launches and tells, as many trials at once as `n_jobs` says, until there are enough."""
-    store, search = sweep.under_way().store, sweep.under_way().search
-    assert search
+def run(
+    search: Search, store: tracking.Store | None, launch: Callable[..., Sequence[Any]], changed: Callable[[], None]
+) -> None:
+    """Asks, launches and tells, as many trials at once as `n_jobs` says, until there are enough.
+
+    `changed` is called whenever there are new jobs or new outcomes, so that sweep.json says so.
+    """
     while search.missing:
         asked = [search.ask() for _ in range(min(search.settings.n_jobs, search.missing))]
         for _, job, _ in asked:
             if job["status"] == "done":
                 tracking.complete(store, Path(job["folder"]))
-        sweep.write()
+        changed()
         _run_jobs(launch, [(job, overrides) for number, job, overrides in asked if job["trial"] == number])
         for number, job, _ in asked:
             search.tell(number, job)
-        sweep.write()
+        changed()
 
 
 def _run_jobs(launch: Callable[..., Sequence[Any]], batch: Sequence[tuple[dict[str, Any], list[str]]]) -> None:
     """Runs the jobs of a batch; one that another sweep has done says so and ends."""
     new = [Path(job["folder"]) for job, _ in batch if not job["reused"]]
     for folder in new:
-        sweep.clear(folder)  # of what an earlier study has left under a fixed hydra.sweep.dir
+        clear(folder)  # of what an earlier study has left under a fixed hydra.sweep.dir
     returned = launch([overrides for _, overrides in batch], initial_job_idx=batch[0][0]["number"]) if new else ()
     for (job, _), result in zip(batch, returned, strict=False):
         try:
             _ = result.return_value
         except Exception as error:
-            sweep.record_failure(Path(job["folder"]), error)
+            record_failure(Path(job["folder"]), error)
 
 
 # --- where studies are kept, and what a job does with its own -----------------------------------------------
@@ -228,7 +232,7 @@ def _run_jobs(launch: Callable[..., Sequence[Any]], batch: Sequence[tuple[dict[s
 
 def _database(config: Config, folder: Path) -> Path:
     """Beside MLflow's database; where that is a server or absent, beside the jobs."""
-    mlflow = tracking.database(tracking.store_uri(config.tracking.uri, sweep.ROOT))
+    mlflow = tracking.database(tracking.store_uri(config.tracking.uri, ROOT))
     local = mlflow if config.tracking.backend == "local" else None
     return (local.parent if local else sweep_root(folder)) / "optuna.db"
 
@@ -262,7 +266,7 @@ def judge(job: Mapping[str, Any], folder: Path, epochs: int) -> Callable[[int, f
         trial.report(sign * margin, epoch)
         if epoch < epochs and trial.should_prune():
             said = f"after epoch {epoch} of {epochs}: control margin {margin:.4g}, below the finished trials' median"
-            write_text(folder / sweep.PRUNED, json.dumps({"pruned": said, "epoch": epoch, "margin": margin}) + "\n")
+            write_text(folder / PRUNED, json.dumps({"pruned": said, "epoch": epoch, "margin": margin}) + "\n")
             raise Pruned(said)
 
     return judged

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from src.config import read_config, run_name
 from src.errors import UserError
 from src.files import write_text
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
+from src.results import FAILED, SETTLED, outcome
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from src.search import Search
 
 ROOT = Path(__file__).parent.parent
-FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
-SETTLED = ("done", "pruned")  # jobs that aren't run again
 
 
 @dataclass
@@ -262,35 +260,6 @@ def _write(sweep: Sweep) -> None:
     if sweep.search:
         sweep.document["search"] = sweep.search.describe()
     write_text(sweep.folder / "sweep.json", json.dumps(sweep.document, indent=1, ensure_ascii=False) + "\n")
-
-
-def clear(folder: Path) -> None:
-    """Takes an earlier attempt's results out of a job's folder, so that none of them can pass for the new ones."""
-    for name in ("results.json", FAILED, PRUNED, "search.csv", "training.csv", "layers.csv", "pairs.csv"):
-        (folder / name).unlink(missing_ok=True)
-    for figure in (folder / "plots").glob("*.png"):
-        figure.unlink()
-    if (folder / "adapter" / "adapter_config.json").exists():
-        shutil.rmtree(folder / "adapter")
-
-
-def record_failure(folder: Path, error: Exception) -> None:
-    """Leaves in a job's folder what ended it, in one line."""
-    said = " ".join(str(error).split())
-    if not isinstance(error, UserError):
-        said = f"{type(error).__name__}: {said}"
-    write_text(folder / FAILED, json.dumps({"error": said, "kind": type(error).__name__}, ensure_ascii=False) + "\n")
-
-
-def outcome(folder: Path) -> tuple[str, str | None]:
-    """(done, pruned, failed, killed or pending; what ended it) of a job, from its folder."""
-    if (folder / "results.json").exists():
-        return "done", None
-    if (folder / PRUNED).exists():
-        return "pruned", json.loads((folder / PRUNED).read_text(encoding="utf-8"))["pruned"]
-    if (folder / FAILED).exists():
-        return "failed", json.loads((folder / FAILED).read_text(encoding="utf-8"))["error"]
-    return ("killed" if folder.exists() else "pending"), None
 
 
 def _note(document: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
