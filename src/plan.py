@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config import Config, DatasetConfig, config_hash, inputs_digest, read_config, run_name
+from src.config import Config, config_hash, inputs_digest, read_config, run_name
 from src.errors import UserError
 from src.tracking import public_uri
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _NAMED = ("lora.layers", "lora.rank", "objective", "objective.name", "objective.layer", "experiment")  # by run_name
+Identity = tuple[str, str, str]  # config hash, digest of the pairs, digest of the other inputs
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,33 @@ def plan(config: DictConfig) -> Plan:
     """Checks all jobs and looks up which are done. Raises UserError, and Hydra's errors for what can't be composed."""
     folder = Path(config.hydra.sweep.dir).absolute()  # first, as it holds the time: Hydra hands it to all jobs
     given, swept, overrides = list_jobs(config)
-    composed = [_compose(config, number, job) for number, job in enumerate(overrides)]
+    composed = [compose(config, number, job) for number, job in enumerate(overrides)]
     labels = [" ".join(one for one in job if one.split("=")[0] in swept) for job in overrides]
-    configs = _checked([outcome for outcome, _ in composed], labels)
+    configs = checked([outcome for outcome, _ in composed], labels)
     finished = {} if configs[0].sweep.force else done_jobs(sweep_root(folder))
-    digests = _pairs_digests([job.dataset for job in configs])
+    digests: dict[str, str] = {}
+    identities = [identity(job, digests) for job in configs]
     jobs = []
     for number, (job, (_, own)) in enumerate(zip(configs, composed, strict=True)):
-        stranger = _identity(own / "results.json")
+        stranger = _written_identity(own / "results.json")
         if stranger and stranger[0] != config_hash(job):  # under a fixed hydra.sweep.dir
             raise UserError(f"hydra.sweep.dir: {own} holds another job's results; choose another folder")
-        done = finished.get((config_hash(job), digests[number], inputs_digest(job)))
-        jobs.append(_entry(number, overrides[number], job, swept, done or own, reused=done is not None))
+        done = finished.get(identities[number])
+        jobs.append(entry(number, overrides[number], job, swept, done or own, reused=done is not None))
     return Plan(folder, given, swept, configs[0], jobs)
+
+
+def given_overrides(config: DictConfig) -> tuple[list[str], list[Override]]:
+    """What a sweep was asked for, the sweeper's own params first: as given and as parsed. Raises UserError for none."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    params = config.hydra.sweeper.params or {}
+    given = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    if not given:
+        raise UserError("the sweep is empty: give a key several values, as lora.rank=4,16, or leave out -m")
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    return given, parser.parse_overrides(given)
 
 
 def list_jobs(config: DictConfig) -> tuple[list[str], dict[str, list[str]], list[list[str]]]:
@@ -56,16 +71,11 @@ def list_jobs(config: DictConfig) -> tuple[list[str], dict[str, list[str]], list
     Raises UserError for another sweeper, whose jobs nobody knows ahead, and for a sweep without any job.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    sweeper = config.hydra.sweeper
-    if not sweeper._target_.endswith(".BasicSweeper"):
-        raise UserError(f"hydra/sweeper={sweeper._target_}: only basic, so that every job is known and checked ahead")
-    given = [f"{key}={value}" for key, value in (sweeper.params or {}).items()] + list(config.hydra.overrides.task)
-    if not given:
-        raise UserError("the sweep is empty: give a key several values, as lora.rank=4,16, or leave out -m")
-    parsed = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(given)
+    sweeper = config.hydra.sweeper._target_
+    if not sweeper.endswith(".BasicSweeper"):
+        raise UserError(f"hydra/sweeper={sweeper}: only basic and optuna, so that all is known and checked ahead")
+    given, parsed = given_overrides(config)
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
     last: dict[str, Override] = {override.get_key_element(): override for override in parsed}
     swept = {key: list(one.sweep_string_iterator()) for key, one in last.items() if one.is_sweep_override()}
@@ -75,7 +85,7 @@ def list_jobs(config: DictConfig) -> tuple[list[str], dict[str, list[str]], list
     return given, swept, jobs
 
 
-def _compose(config: DictConfig, number: int, overrides: Sequence[str]) -> tuple[Config | UserError, Path]:
+def compose(config: DictConfig, number: int, overrides: Sequence[str]) -> tuple[Config | UserError, Path]:
     """(config, or why it is refused; folder) of one job, as Hydra's launcher will make it."""
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import open_dict, read_write
@@ -99,7 +109,7 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return task
 
 
-def _checked(outcomes: Sequence[Config | UserError], labels: Sequence[str]) -> list[Config]:
+def checked(outcomes: Sequence[Config | UserError], labels: Sequence[str]) -> list[Config]:
     """The configs of all jobs. Raises UserError if one is refused, if two are the same, if tracking differs."""
     refused = [(label, found) for label, found in zip(labels, outcomes, strict=True) if isinstance(found, UserError)]
     if refused:
@@ -118,25 +128,35 @@ def _checked(outcomes: Sequence[Config | UserError], labels: Sequence[str]) -> l
     return configs
 
 
-def _pairs_digests(datasets: Sequence[DatasetConfig]) -> list[str]:
-    """The digest of the pairs that each job will read. Raises UserError: a bad file is refused before the first job."""
+def identity(config: Config, digests: dict[str, str]) -> Identity:
+    """What tells whether a job is done already; `digests` keeps those of the datasets that were read before.
+
+    Raises UserError: a bad pair file is refused before the first job.
+    """
     from src.study import read_words
 
-    found: dict[str, str] = {}
-    for dataset in datasets:
-        if repr(dataset) not in found:
-            found[repr(dataset)] = read_words(dataset)[0].digest
-    return [found[repr(dataset)] for dataset in datasets]
+    dataset = repr(config.dataset)
+    if dataset not in digests:
+        digests[dataset] = read_words(config.dataset)[0].digest
+    return config_hash(config), digests[dataset], inputs_digest(config)
 
 
-def _entry(
-    number: int, overrides: Sequence[str], config: Config, swept: Mapping[str, Any], folder: Path, *, reused: bool
+def entry(
+    number: int,
+    overrides: Sequence[str],
+    config: Config | UserError,
+    swept: Mapping[str, Any],
+    folder: Path,
+    *,
+    reused: bool,
 ) -> dict[str, Any]:
+    """A job as sweep.json holds it; one that is refused has no config hash, and fails when it is run."""
+    refused = not isinstance(config, Config)
     return {
         "number": number,
-        "name": job_name(config, overrides, swept),
+        "name": " ".join(overrides) if refused else job_name(config, overrides, swept),
         "overrides": [public_uri(override) for override in overrides],
-        "config_hash": config_hash(config),
+        "config_hash": None if refused else config_hash(config),
         "folder": str(folder),
         "status": "done" if reused else "pending",
         "error": None,
@@ -169,16 +189,16 @@ def sweep_id(folder: Path) -> str:
     return str(folder) if root == folder else folder.relative_to(root).as_posix()
 
 
-def done_jobs(root: Path) -> dict[tuple[str, str, str], Path]:
+def done_jobs(root: Path) -> dict[Identity, Path]:
     """Folders of the whole jobs below `root`, by config hash and digests of pairs and inputs; the newest of several."""
     found = {}
     for file in sorted(root.rglob("results.json"), key=lambda file: file.stat().st_mtime):
-        if identity := _identity(file):
-            found[identity] = file.parent
+        if written := _written_identity(file):
+            found[written] = file.parent
     return found
 
 
-def _identity(results: Path) -> tuple[str, str, str] | None:
+def _written_identity(results: Path) -> Identity | None:
     with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: not done
         found = json.loads(results.read_text(encoding="utf-8"))
         return str(found["config_hash"]), str(found["dataset"]["digest"]), str(found["inputs_digest"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-
+from src import summary
 from src.report_data import ALPHA, Job, Sweep
 from src.tracking import public_uri
 
@@ -22,12 +21,12 @@ COLUMNS = (
 
 def command(job: Job) -> str:
     """The line that repeats a run."""
-    return shlex.join(["python", "-m", "src.run", *map(public_uri, job.overrides)])
+    return summary.command([public_uri(override) for override in job.overrides])
 
 
 def finding(sweep: Sweep) -> str:
     """What the sweep shows, in a sentence or two."""
-    best, tries = sweep.ranked[0], len(sweep.trained)
+    best, tries = sweep.ranked[0], sweep.tries
     if not tries:
         return "Nothing was trained: these are pilots, which show where the two languages meet in the untouched model."
     if tries == 1:
@@ -68,7 +67,7 @@ def signed(value: float | None, form: str) -> str:
 
 def caveats(sweep: Sweep) -> list[str]:
     """What a reader of the leaderboard must not overlook."""
-    tries, found = len(sweep.trained), []
+    tries, found = sweep.tries, []
     if tries > 1:
         found.append(
             f"The best of {tries} runs looks better than it is, as it was picked on the same control words: "

@@ -79,6 +79,11 @@ class Sweep:
     def trained(self) -> list[Job]:
         return [job for job in self.ranked if job.holm is not None]
 
+    @property
+    def tries(self) -> int:
+        """How many settings had their chance: those trained to the end, and those that a search has pruned."""
+        return len(self.trained) + _pruned(self.others)
+
 
 def find(wanted: str | None, root: Path) -> Path:
     """The folder of a sweep or a run: a path, an id below `root`, or the latest sweep. Raises UserError."""
@@ -109,6 +114,7 @@ def read_sweep(folder: Path) -> Sweep:
     settings = [_assigned((*job.overrides, *more)) for job, more in zip(jobs, listed_overrides, strict=True)]
     swept = _varied(jobs, settings, list((listed or {}).get("swept") or ()))
     jobs = [_named(job, setting, swept) for job, setting in zip(jobs, settings, strict=True)]
+    others = [job for job in jobs if not job.results]
     parts = folder.resolve().parts
     below = parts[parts.index("multirun") + 1 :] if "multirun" in parts else parts[-1:]
     return Sweep(
@@ -116,8 +122,8 @@ def read_sweep(folder: Path) -> Sweep:
         folder=folder,
         facts=_facts(listed or {}, jobs),
         swept=swept,
-        ranked=_ranked([job for job in jobs if job.results]),
-        others=[job for job in jobs if not job.results],
+        ranked=_ranked([job for job in jobs if job.results], _pruned(others)),
+        others=others,
         notes=notes,
     )
 
@@ -233,12 +239,19 @@ def named(levels: Mapping[str, str], swept: Sequence[str]) -> str:
     return ", ".join(f"{short[key]} {level}" for key, level in levels.items())
 
 
-def _ranked(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs with Holm's p-values, best first: what holds, the other aligned, then by gains; the harmed last."""
+def _pruned(others: Sequence[Job]) -> int:
+    return sum(job.status == "pruned" for job in others)
+
+
+def _ranked(jobs: Sequence[Job], pruned: int) -> list[Job]:
+    """The jobs with Holm's p-values, best first: what holds, the other aligned, then by gains; the harmed last.
+
+    A pruned job was given up for its control margin: a try like the others, with a p-value of 1.
+    """
     from src.evidence import holm  # it imports torch, which --help needn't
 
     pvalues = {job.number: job.pvalue for job in jobs if job.pvalue is not None}
-    adjusted = dict(zip(pvalues, holm(list(pvalues.values())), strict=True))
+    adjusted = dict(zip(pvalues, holm([*pvalues.values(), *[1.0] * pruned]), strict=False))
     classes = {"aligned": 0, "harmed": 2}
 
     def place(job: Job) -> tuple[Any, ...]:

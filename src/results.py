@@ -7,14 +7,18 @@ import io
 import json
 import math
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from src.errors import UserError
 from src.files import write_text
 
+FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
+SETTLED = ("done", "pruned")  # jobs that a sweep doesn't run again
 LAYER_COLUMNS = ("layer", "stage", "split", "measure", "value")
 PAIR_COLUMNS = ("source", "target", "split", "cosine_before", "cosine_after", "rank_before", "rank_after")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "mlflow", "hydra-core", "scipy", "numpy")
@@ -50,6 +54,41 @@ def write_job(
         title=results["name"],
     )
     write_text(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+# --- how a job ended ----------------------------------------------------------------------------------------
+
+
+def clear(folder: Path) -> None:
+    """Takes an earlier attempt's results out of a job's folder, so that none of them can pass for the new ones."""
+    for name in ("results.json", FAILED, PRUNED, "search.csv", "training.csv", "layers.csv", "pairs.csv"):
+        (folder / name).unlink(missing_ok=True)
+    for figure in (folder / "plots").glob("*.png"):
+        figure.unlink()
+    if (folder / "adapter" / "adapter_config.json").exists():
+        shutil.rmtree(folder / "adapter")
+
+
+def record_failure(folder: Path, error: Exception) -> None:
+    """Leaves in a job's folder what ended it, in one line."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, UserError):
+        said = f"{type(error).__name__}: {said}"
+    write_text(folder / FAILED, json.dumps({"error": said, "kind": type(error).__name__}, ensure_ascii=False) + "\n")
+
+
+def outcome(folder: Path) -> tuple[str, str | None]:
+    """(done, pruned, failed, killed or pending; what ended it) of a job, from its folder."""
+    if (folder / "results.json").exists():
+        return "done", None
+    if (folder / PRUNED).exists():
+        return "pruned", json.loads((folder / PRUNED).read_text(encoding="utf-8"))["pruned"]
+    if (folder / FAILED).exists():
+        return "failed", json.loads((folder / FAILED).read_text(encoding="utf-8"))["error"]
+    return ("killed" if folder.exists() else "pending"), None
+
+
+# --- small parts --------------------------------------------------------------------------------------------
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

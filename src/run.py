@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from src import console
 from src.config import Config, read_config, register
-from src.errors import UserError
+from src.errors import Pruned, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from omegaconf import DictConfig
 
@@ -29,9 +29,10 @@ ROOT = Path(__file__).parent.parent
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path, judge: Callable[[int, float], None] | None = None) -> dict[str, Any]:
     """The whole method: fills the job folder, tracks it, prints the result and returns what results.json holds.
 
+    A search's `judge` hears the control margin after each epoch, and may end the run by raising Pruned.
     Raises UserError for input that the user can mend, NumbersError where a number isn't finite.
     """
     from src import results, study, tracking
@@ -55,8 +56,14 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
             blocks, read, why = study.choose_layers(it, before)
             found |= study.describe_layers(it, blocks, read, why)
             with adapter(loaded.model, config.lora, blocks, seed=config.train.seed) as model:
+
+                def after_epoch(epoch: int) -> None:
+                    if judge:
+                        with clock.timing("judge", within="train"):
+                            judge(epoch, study.control_margin(it, model))
+
                 with clock.timing("train"):
-                    losses = study.train_adapter(it, model, read, console.progress)
+                    losses = study.train_adapter(it, model, read, console.progress, after_epoch)
                 save_adapter(model, folder / "adapter")
                 after = study.encode_after(it, model, console.progress)
                 found |= study.probe(it, model, "after", console.progress)
@@ -76,10 +83,14 @@ class _Clock:
         self._seconds: dict[str, float] = {}
 
     @contextmanager
-    def timing(self, part: str) -> Iterator[None]:
+    def timing(self, part: str, within: str | None = None) -> Iterator[None]:
+        """Adds the block's time to the part's, and takes it off that of the part it interrupts."""
         began = perf_counter()
         yield
-        self._seconds[f"time/{part}_s"] = perf_counter() - began
+        spent = perf_counter() - began
+        for name, seconds in ((part, spent), (within, -spent)):
+            if name:
+                self._seconds[f"time/{name}_s"] = self._seconds.get(f"time/{name}_s", 0.0) + seconds
 
     def seconds(self) -> dict[str, float]:
         return self._seconds | {"time/total_s": perf_counter() - self._start}
@@ -94,11 +105,12 @@ def job(composed: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from src import sweep, tracking
+    from src import results, sweep, tracking
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     swept = settings.mode == RunMode.MULTIRUN
+    planned: dict[str, Any] = {}
     if swept:
         planned = sweep.planned_job(Path(settings.sweep.dir), settings.job.num)
         if planned["status"] == "done":
@@ -106,13 +118,20 @@ def job(composed: DictConfig) -> None:
             return
         print(f"job {planned['number']}: {planned['name']}")
         os.environ[tracking.NAME] = planned["name"]
-    sweep.clear(folder)
+    results.clear(folder)
     logging.captureWarnings(True)  # the libraries' warnings go to run.log
     try:
-        run(read_config(composed), folder)
+        config, judge = read_config(composed), None
+        if planned.get("search", {}).get("pruning"):
+            from src import search
+
+            judge = search.judge(planned, folder, config.train.epochs)
+        run(config, folder, judge)
+    except Pruned as pruned:
+        print(f"pruned: {pruned}")
     except Exception as error:
         log.error("%s", error, exc_info=not isinstance(error, UserError))
-        sweep.record_failure(folder, error)
+        results.record_failure(folder, error)
         if not swept:
             _errors.append((folder, error))
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from src.baseline import baseline_encoding, baseline_values, encoding_key
 from src.config import Config, DatasetConfig, config_hash, inputs_digest, params, resolve_layers, run_name
 from src.errors import UserError
 from src.evidence import SpecificityResult, gather_evidence, judge
-from src.layers import Layer, Progress, Prompt, all_layers, tokenize
+from src.layers import Layer, Progress, Prompt, all_layers, encode, tokenize
 from src.measures import measure, pair_cosines, retrieval_ranks
 from src.models import LoadedModel, unpacked
 from src.pairs import Lexicon, Pair, Split, read_pairs, relevant
@@ -258,7 +258,13 @@ def describe_layers(study: Study, blocks: list[int], read: tuple[Layer, ...], wh
     return used | {"params": _params(study) | {"lora.n_layers": str(len(blocks))}}
 
 
-def train_adapter(study: Study, model: nn.Module, read: tuple[Layer, ...], progress: Progress) -> list[float]:
+def train_adapter(
+    study: Study,
+    model: nn.Module,
+    read: tuple[Layer, ...],
+    progress: Progress,
+    after_epoch: Callable[[int], None] | None = None,
+) -> list[float]:
     """Trains the attached adapter on the train split; the loss of every step."""
     rows, objective, schedule = study.rows("train"), study.config.objective, study.config.train
     asked = Objective(
@@ -271,7 +277,15 @@ def train_adapter(study: Study, model: nn.Module, read: tuple[Layer, ...], progr
     )
     words = (study.source[rows], study.target[rows], study.relevant("train").numpy())
     with unpacked(model, read):
-        return train(model, *words, asked, Schedule(**asdict(schedule)), progress=progress)
+        return train(model, *words, asked, Schedule(**asdict(schedule)), progress=progress, after_epoch=after_epoch)
+
+
+def control_margin(study: Study, model: nn.Module) -> float:
+    """The adapted model's margin of the control split at the evaluation layer, and nothing else: quick."""
+    rows = study.rows("control")
+    prompts = study.source[rows] + study.target[rows]
+    source, target = encode(model, prompts, layers=[study.config.eval.layer])[0].chunk(2)
+    return measure(source, target, study.relevant("control"), names=("margin",))["margin"]
 
 
 # --- judging ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,33 @@ def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
     if seeds := seed_rows(found):
         parts.append(_markdown(["across seeds", "verdicts", *_GAINS], seeds))
     return "\n\n".join(parts)
+
+
+def best_setting(
+    search: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]
+) -> str:
+    """What a search has come to: its best job, and the line that confirms it on words that had no say."""
+    repeats = f", {search['repeats']} of them with another's setting" if search["repeats"] else ""
+    text = f"{search['told']} of {search['n_trials']} trials{repeats}\n"
+    metric, sign = search["metric"], 1 if search["direction"] == "maximize" else -1
+    measured = [results for results in found if metric in results]
+    if not measured:
+        return text
+    best = max(measured, key=lambda results: sign * results[metric])
+    (overrides,) = [job["overrides"] for job in jobs if job["folder"] == best["folder"]]
+    other = f"dataset.seed={int(best['params']['dataset.seed']) + 1}"
+    confirm = command([*(one for one in overrides if not one.startswith("dataset.seed=")), other])
+    return (
+        f"{text}best       {best['name']}: {metric} {best[metric]:.4g}\n"
+        "The control words chose it among all tries, so it looks better than it is. Confirm it on another split:\n"
+        f"  {confirm}\n"
+    )
+
+
+def command(overrides: Sequence[str]) -> str:
+    """The line that runs one job by itself, also where an experiment among its overrides is a sweep."""
+    alone = ["hydra.mode=RUN"] if any(override.startswith("experiment=") for override in overrides) else []
+    return shlex.join(["python", "-m", "src.run", *overrides, *alone])
 
 
 def _shown(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:

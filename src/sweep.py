@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,21 +24,24 @@ from src.config import read_config, run_name
 from src.errors import UserError
 from src.files import write_text
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
+from src.results import FAILED, SETTLED, outcome
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from src.search import Search
+
 ROOT = Path(__file__).parent.parent
-FAILED = "failed.json"  # what ended a job, in its folder
 
 
 @dataclass
 class Sweep:
-    """A sweep under way: its folder, what sweep.json says, and where it is tracked."""
+    """A sweep under way: its folder, what sweep.json says, where it is tracked, and what proposes its jobs, if so."""
 
     folder: Path
     document: dict[str, Any]
     store: tracking.Store | None
+    search: Search | None
 
 
 _current: Sweep | None = None  # of this process; Hydra keeps nothing of a callback's that main could ask
@@ -84,23 +86,20 @@ def begin(config: DictConfig) -> None:
     """Plans the sweep and opens it, or ends the program where there is nothing to run. Raises UserError."""
     global _current, failures
     _current, failures = None, 0
-    planned = plan(config)
+    search = _search(config)
+    planned = search.plan if search else plan(config)
     if planned.first.sweep.dry_run:
-        _print_plan(planned.jobs)
+        print(search.preview()) if search else _print_plan(planned.jobs)
         raise SystemExit(0)
     store = tracking.open_store(planned.first.tracking, ROOT)
+    if search:
+        search.open()
     for job in planned.jobs:
-        if job["reused"]:
+        if job["status"] == "done":
             tracking.complete(store, Path(job["folder"]))
         else:
             (Path(job["folder"]) / FAILED).unlink(missing_ok=True)
-    earlier = None if planned.first.sweep.force else _earlier(planned)
-    if earlier and _all_done(earlier["jobs"]):
-        if _all_done(planned.jobs):
-            _print_end(earlier, _view(earlier, store))
-            print("nothing to do: every job is done; sweep.force=true repeats them")
-            raise SystemExit(0)
-        earlier = None  # not interrupted: its pairs have changed since, or a folder was deleted
+    earlier = None if planned.first.sweep.force else _interrupted(planned, search, store)
     document = {
         "id": sweep_id(planned.folder),
         "mlflow_run_id": None,
@@ -113,29 +112,71 @@ def begin(config: DictConfig) -> None:
     }
     chosen = config.hydra.runtime.choices.get("experiment")
     document["mlflow_run_id"] = _open_run(store, document, chosen, earlier)
-    _current = Sweep(planned.folder, document, store)
-    _write(_current)
+    _current = Sweep(planned.folder, document, store, search)
+    write()
+
+
+def _search(config: DictConfig) -> Search | None:
+    """The search that was asked for; None for a grid."""
+    if not config.hydra.sweeper._target_.endswith(".SearchSweeper"):
+        return None
+    try:
+        from src.search import Search
+    except ModuleNotFoundError as error:
+        raise UserError("hydra/sweeper=optuna needs the extra `search`: pip install 'optuna>=5,<6'") from error
+    return Search(config)
 
 
 def _all_done(jobs: Sequence[Mapping[str, Any]]) -> bool:
     return all(job["status"] == "done" for job in jobs)
 
 
-def _earlier(planned: Plan) -> dict[str, Any] | None:
-    """What the newest sweep of these very jobs wrote."""
-    wanted = {job["config_hash"] for job in planned.jobs}
+def _interrupted(planned: Plan, search: Search | None, store: tracking.Store | None) -> dict[str, Any] | None:
+    """The earlier sweep that this one goes on with; ends the program where nothing is left to do."""
+    earlier = _earlier(planned, search)
+    if earlier is None:
+        return None
+    if search and (search.missing or not earlier["ended"]):
+        return earlier
+    if not search and not _all_done(earlier["jobs"]):
+        return earlier
+    if not search and not _all_done(planned.jobs):
+        return None  # its pairs have changed since, or a folder was deleted
+    _print_end(earlier, _view(earlier, store))
+    if search:
+        search.close()
+        print(
+            "nothing to do: every trial is done; a larger hydra.sweeper.n_trials goes on, sweep.force=true starts anew"
+        )
+    else:
+        print("nothing to do: every job is done; sweep.force=true repeats them")
+    raise SystemExit(0)
+
+
+def _earlier(planned: Plan, search: Search | None) -> dict[str, Any] | None:
+    """What the newest sweep of these very jobs wrote, or of this search."""
+    wanted = search.study if search else {job["config_hash"] for job in planned.jobs}
     files = sweep_root(planned.folder).rglob("sweep.json")
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         with suppress(OSError, ValueError, KeyError, TypeError):
             document = json.loads(file.read_text(encoding="utf-8"))
-            if {job["config_hash"] for job in document["jobs"]} == wanted:
+            study = document.get("search", {}).get("study")
+            if (study or {job["config_hash"] for job in document["jobs"]}) == wanted:
                 return document
     return None
 
 
 def planned_job(folder: Path, number: int) -> dict[str, Any]:
-    """A job's entry in sweep.json; any process of the sweep may ask."""
-    return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["jobs"][number]
+    """A job's entry in sweep.json, and its `search` where it has one; any process of the sweep may ask."""
+    document = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    (job,) = [job for job in document["jobs"] if job["number"] == number]
+    return job | {"search": document.get("search", {})}
+
+
+def under_way() -> Sweep:
+    """The sweep that `begin` has opened."""
+    assert _current
+    return _current
 
 
 def _print_plan(jobs: Sequence[Mapping[str, Any]]) -> None:
@@ -185,6 +226,8 @@ def close() -> None:
     if _current is None:
         return
     sweep, _current = _current, None
+    if sweep.search:
+        sweep.search.close()
     for name in (tracking.PARENT, tracking.SWEEP):
         os.environ.pop(name, None)
     jobs = sweep.document["jobs"]
@@ -193,12 +236,13 @@ def close() -> None:
     sweep.document["ended"] = _now()
     _write(sweep)
     statuses = {job["status"] for job in jobs}
-    failures = sum(job["status"] != "done" for job in jobs)
+    cut_off = {"killed", "pending"} & statuses or (sweep.search and sweep.search.missing)
+    failures = sum(job["status"] not in SETTLED for job in jobs)
     found = summary.read_results(jobs)
     tracking.close_sweep(
         sweep.store,
         sweep.document["mlflow_run_id"],
-        status="KILLED" if {"killed", "pending"} & statuses else "FAILED" if failures else "FINISHED",
+        status="KILLED" if cut_off else "FAILED" if failures else "FINISHED",
         note=_note(sweep.document, found),
         columns=["name", "verdict", *summary.COLUMNS, "folder"],
         rows=[[*row, results["folder"]] for results in found for row in summary.job_rows([results])],
@@ -206,41 +250,24 @@ def close() -> None:
     _print_end(sweep.document, _view(sweep.document, sweep.store))
 
 
+def write() -> None:
+    """Brings sweep.json up to date: a search's jobs come one by one."""
+    assert _current
+    _write(_current)
+
+
 def _write(sweep: Sweep) -> None:
+    if sweep.search:
+        sweep.document["search"] = sweep.search.describe()
     write_text(sweep.folder / "sweep.json", json.dumps(sweep.document, indent=1, ensure_ascii=False) + "\n")
-
-
-def clear(folder: Path) -> None:
-    """Takes an earlier attempt's results out of a job's folder, so that none of them can pass for the new ones."""
-    for name in ("results.json", FAILED, "training.csv", "layers.csv", "pairs.csv"):
-        (folder / name).unlink(missing_ok=True)
-    for figure in (folder / "plots").glob("*.png"):
-        figure.unlink()
-    if (folder / "adapter" / "adapter_config.json").exists():
-        shutil.rmtree(folder / "adapter")
-
-
-def record_failure(folder: Path, error: Exception) -> None:
-    """Leaves in a job's folder what ended it, in one line."""
-    said = " ".join(str(error).split())
-    if not isinstance(error, UserError):
-        said = f"{type(error).__name__}: {said}"
-    write_text(folder / FAILED, json.dumps({"error": said, "kind": type(error).__name__}, ensure_ascii=False) + "\n")
-
-
-def outcome(folder: Path) -> tuple[str, str | None]:
-    """(done, failed, killed or pending; what ended it) of a job, from its folder."""
-    if (folder / "results.json").exists():
-        return "done", None
-    if (folder / FAILED).exists():
-        return "failed", json.loads((folder / FAILED).read_text(encoding="utf-8"))["error"]
-    return ("killed" if folder.exists() else "pending"), None
 
 
 def _note(document: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
     """The Markdown description of the sweep's run."""
     lost = [job for job in document["jobs"] if job["status"] != "done"]
     parts = [f"```\n{document['command']}\n```", summary.as_markdown(found)]
+    if search := document.get("search"):
+        parts.append(f"```\n{summary.best_setting(search, document['jobs'], found)}```")
     parts += [f"- {job['status']}: {job['name']} {job['error'] or ''}".rstrip() for job in lost[:10]]
     return "\n\n".join([*parts, f"Report: `python -m src.report {document['id']}`"])
 
@@ -255,7 +282,9 @@ def _print_end(document: Mapping[str, Any], link: str | None) -> None:
             why = f": {job['error']}" if job["error"] else ""
             console.fail(f"{job['status']}: {job['name']}{why}; {job['folder']}/run.log")
     counts = Counter({"done": "done", "pending": "not started"}.get(job["status"], job["status"]) for job in jobs)
-    print(f"{len(jobs)} jobs: {', '.join(f'{count} {status}' for status, count in counts.most_common())}")
+    print(f"{len(jobs)} jobs: {', '.join(f'{count} {status}' for status, count in counts.most_common()) or 'none'}")
+    if search := document.get("search"):
+        print(summary.best_setting(search, jobs, found), end="")
     print(f"report     python -m src.report {document['id']}")
     if link:
         print(f"in MLflow  {link}")

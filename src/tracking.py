@@ -25,7 +25,7 @@ import psutil
 from filelock import FileLock
 
 from src.config import TrackingConfig
-from src.errors import UserError
+from src.errors import Pruned, UserError
 from src.files import digest, written_atomically
 from src.results import read_table
 
@@ -39,6 +39,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _TABLES = ("layers.csv", "pairs.csv", "training.csv", "results.json")
+_SEARCHED = ("search.csv", "pruned.json")  # of a search's job
 _MARK = "uploaded"  # tag: the digest of what was uploaded; set last, so it vouches for everything before it
 _PARAMS, _METRICS, _VALUE, _DIGEST = (
     100,
@@ -84,7 +85,7 @@ def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -
     """Opens a run around the block that fills the job folder, yields its id, and uploads the folder at the end.
 
     Trouble with the store is a warning, never the end of the job: the folder holds everything, `src.sync` uploads it.
-    An exception in the block closes the run as FAILED, an interruption as KILLED.
+    An exception in the block closes the run as FAILED, an interruption as KILLED, a search's pruning as FINISHED.
     """
     run_id = None
     if store:
@@ -101,8 +102,12 @@ def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -
                 dataset=description["dataset"],
                 parent=os.environ.get(PARENT),
             )
+    pruned = None
     try:
-        yield run_id
+        try:
+            yield run_id
+        except Pruned as error:
+            pruned = error
         if store and run_id:
             with _warned(f"{folder} is not uploaded: `python -m src.sync` does it later"):
                 upload(folder, run_id, store.uri)
@@ -112,6 +117,8 @@ def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -
             with _warned("the run stays open"):
                 finish(run_id, store.uri, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
+    if pruned:
+        raise pruned
 
 
 def complete(store: Store | None, folder: Path) -> None:
@@ -512,7 +519,7 @@ def upload_state(folder: Path, run_id: str, uri: str) -> Literal["uploaded", "mi
 
 
 def upload(folder: Path, run_id: str, uri: str) -> None:
-    """Projects a finished job folder into its run: scalars, series, tags, files, the adapter as a logged model.
+    """Projects an ended job's folder into its run: scalars, series, tags, files, the adapter as a logged model.
 
     Repeating it adds nothing: metrics carry the run's start as their time, so MLflow knows them again; files are
     replaced; the logged model is looked up. Raises TrackingError.
@@ -524,11 +531,12 @@ def upload(folder: Path, run_id: str, uri: str) -> None:
         mark = _contents(folder)
         if run.data.tags.get(_MARK) == mark:
             return
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        outcome = next(name for name in ("results.json", "pruned.json") if (folder / name).exists())
+        results = json.loads((folder / outcome).read_text(encoding="utf-8"))
         late = {key: text for key, text in results.get("params", {}).items() if key not in run.data.params}
         client.log_batch(run_id, params=[Param(key[:250], _short(public_uri(text))) for key, text in late.items()])
         layers, losses = (read_table(folder / name) for name in ("layers.csv", "training.csv"))
-        points = [*_scalars(results), *_series(layers), *_losses(losses)]
+        points = [*_scalars(results), *_series(layers), *_losses(losses), *_margins(read_table(folder / "search.csv"))]
         metrics = [Metric(key, value, run.info.start_time, step) for key, value, step in points if math.isfinite(value)]
         for first in range(0, len(metrics), _METRICS):
             client.log_batch(run_id, metrics=metrics[first : first + _METRICS])
@@ -536,14 +544,18 @@ def upload(folder: Path, run_id: str, uri: str) -> None:
         if (folder / "adapter").is_dir():
             _upload_adapter(client, run, folder / "adapter")
         tags = {key: value for key, value in results.items() if isinstance(value, str) and key != "mlflow_run_id"}
-        tags["mlflow.note.content"] = f"**{results.get('verdict')}** {results.get('verdict_reason') or ''}".strip()
-        tags["mlflow.loggedArtifacts"] = json.dumps([{"path": "layers.json", "type": "table"}])  # as log_table does
+        told = [results.get("verdict", "pruned"), results.get("verdict_reason") or results.get("pruned", "")]
+        tags["mlflow.note.content"] = f"**{told[0]}** {told[1]}".strip()
+        if layers:
+            tags["mlflow.loggedArtifacts"] = json.dumps([{"path": "layers.json", "type": "table"}])  # as log_table does
         client.log_batch(run_id, tags=[RunTag(key, _short(value)) for key, value in tags.items()])
         client.set_tag(run_id, _MARK, mark)
 
 
 def _contents(folder: Path) -> str:
-    return digest(*((folder / name).read_bytes() if (folder / name).exists() else b"" for name in _TABLES))
+    searched = [name for name in _SEARCHED if (folder / name).exists()]
+    names = (*_TABLES, *searched)
+    return digest(*((folder / name).read_bytes() if (folder / name).exists() else b"" for name in names))
 
 
 def _scalars(results: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
@@ -571,6 +583,11 @@ def _losses(training: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, float,
         yield "train/loss", float(row["loss"] or "nan"), int(row["step"])
 
 
+def _margins(epochs: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, float, int]]:
+    for row in epochs:
+        yield "search/control_margin", float(row["control_margin"]), int(row["epoch"])
+
+
 def _table(layers: Sequence[Mapping[str, str]]) -> dict[str, list[Any]]:
     """One row for each layer and one column for each series, in the form that MLflow shows as a table and compares."""
     names = list(dict.fromkeys(map(_series_name, layers)))
@@ -591,7 +608,7 @@ def _upload_files(client: Any, run_id: str, folder: Path, layers: Sequence[Mappi
     with tempfile.TemporaryDirectory() as temporary:
         stage = Path(temporary)
         (stage / "config").mkdir()
-        texts = {name: folder / name for name in (*_TABLES, "run.log")}
+        texts = {name: folder / name for name in (*_TABLES, *_SEARCHED, "run.log")}
         texts |= {f"config/{file.name}": file for file in (folder / ".hydra").glob("*.yaml")}
         for name, file in texts.items():
             if file.exists():  # the config as Hydra wrote it may hold a password in tracking.uri

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -57,11 +57,13 @@ def train(
     schedule: Schedule,
     *,
     progress: Progress | None = None,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Trains the model's trainable weights in place; returns the loss of every optimizer step.
 
     `source[i]` and `target[i]` are pair i; `relevant` row i lists the pairs whose target is a right translation of
-    source i, padded with -1, and none of them ever serves as its negative.
+    source i, padded with -1, and none of them ever serves as its negative. `after_epoch` is called with the number of
+    each epoch that ends, from 1; it may encode (`layers.encode` leaves modes and random numbers alone) or raise.
 
     Raises NumbersError when a loss or gradient isn't finite, naming the step; UserError when a source has every
     pair's target among its translations.
@@ -95,6 +97,8 @@ def train(
         optimizer.step()
         pace.step()
         losses.append(loss.item())
+        if after_epoch and (step + 1) % (len(steps) // schedule.epochs) == 0:
+            after_epoch((step + 1) * schedule.epochs // len(steps))
     model.eval()
     return losses
 

@@ -19,7 +19,7 @@ import pytest
 from src import run as command
 from src import summary
 from src.plan import done_jobs, sweep_id, sweep_root
-from src.sweep import outcome
+from src.results import outcome
 from tests.conftest import ROOT
 
 TINY = (

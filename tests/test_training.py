@@ -1,5 +1,7 @@
 """The loop: losses and gradients of a full forward, reproducible, never a listed translation as negative."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch.nn import functional
 
 from src.config import LoraConfig
 from src.errors import UserError
-from src.layers import tokenize
+from src.layers import encode, tokenize
 from src.models import adapter
 from src.training import NumbersError, Objective, Schedule, batch_loss, train
 
@@ -126,3 +128,24 @@ def test_bfloat16_training_follows_float32(tiny):
             return train(model, *words(tiny), OWN, TRIPLET, Schedule(3, 4, 1e-3, precision=precision))
 
     np.testing.assert_allclose(losses("bfloat16"), losses("float32"), atol=0.05)
+
+
+def test_encoding_after_each_epoch_changes_no_number(tiny):
+    lora = replace(LORA, dropout=0.3)
+    source, target = words(tiny)
+
+    def once(after_epoch):
+        with adapter(tiny.model, lora, [1, 2], seed=1) as model:
+
+            def encoded(epoch):
+                epochs.append(epoch)
+                encode(model, source, layers=["final"])
+
+            losses = train(model, source, target, OWN, TRIPLET, PLAN, after_epoch=encoded if after_epoch else None)
+            return losses, [weight.clone() for weight in model.parameters() if weight.requires_grad]
+
+    epochs = []
+    plain, weights = once(False)
+    same, others = once(True)
+    assert epochs == [1, 2, 3] and plain == same
+    assert all(torch.equal(one, other) for one, other in zip(weights, others, strict=True))
