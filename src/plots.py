@@ -62,7 +62,7 @@ def draw_all(
     untrained run has `similarity.png` and `retrieval.png` of the pilot; a trained one also `scatter.png` and
     `specificity.png`.
     """
-    table = _by_layer(layers)
+    table = by_layer(layers)
     written = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A title in a script the font lacks shows boxes; that is no reason to fail or to worry anybody.
@@ -98,7 +98,7 @@ def similarity(table: Layers, title: str) -> Figure | None:
     ]
     if not panels:
         return None
-    figure, axes = _figure(_similarity_headline(table), title, (2, len(panels)), heights=(2.3, 1.0), sharex=True)
+    figure, axes = new_figure(_similarity_headline(table), title, (2, len(panels)), heights=(2.3, 1.0), sharex=True)
     for (heading, curves), (top, bottom) in zip(panels, axes.T, strict=True):
         top.set_title(heading)
         labels, gaps = [], []
@@ -115,9 +115,9 @@ def similarity(table: Layers, title: str) -> Figure | None:
             gaps.append((f"gap{when}", table.gap(stage, split), look))
         low = min(0, *(np.nanmin(line.get_ydata()) for line in top.lines))
         top.set_ylim(low * 1.05, 1.04)
-        _end_labels(top, labels)
+        end_labels(top, labels)
         _draw_gaps(bottom, gaps)
-        _layer_axis(bottom, table.names)
+        layer_axis(bottom, table.names)
     axes[0, 0].set_ylabel("mean cosine")
     axes[1, 0].set_ylabel("gap (log scale)")
     return figure
@@ -139,7 +139,7 @@ def _draw_gaps(axes: Axes, gaps: Sequence[tuple[str, np.ndarray, dict[str, Any]]
         axes.plot(none, np.full(len(none), floor), "x", color=WORSE, markersize=5, clip_on=False)
     if any((gap <= 0).any() for _, gap, _ in gaps):
         labels.append(("× zero or less", floor, WORSE))
-    _end_labels(axes, labels)
+    end_labels(axes, labels)
 
 
 def _similarity_headline(table: Layers) -> str:
@@ -175,7 +175,7 @@ def retrieval(table: Layers, pairs: Sequence[Mapping[str, Any]], title: str) -> 
         return None
     size = sum(row["split"] == "control" for row in pairs) if trained else len(pairs)
     headline = _retrieval_headline(table, curves, panels[0], size)
-    figure, axes = _figure(headline, title, (1, len(panels)), sharey=True)
+    figure, axes = new_figure(headline, title, (1, len(panels)), sharey=True)
     measures = {measure for _, measure in panels}
     tallest = max(np.nanmax(values) for (*_, measure), values in table.values.items() if measure in measures)
     axes[0, 0].set_ylim(0, 106 * max(tallest, 0.01))
@@ -194,8 +194,8 @@ def retrieval(table: Layers, pairs: Sequence[Mapping[str, Any]], title: str) -> 
             panel.axhline(100 / size, color=INK, linewidth=1, linestyle=":")
             labels.append(("chance", 100 / size, INK))
         panel.yaxis.set_major_formatter(PercentFormatter(100, decimals=0, symbol=" %"))
-        _end_labels(panel, labels)
-        _layer_axis(panel, table.names)
+        end_labels(panel, labels)
+        layer_axis(panel, table.names)
     axes[0, 0].set_ylabel("words that find a translation")
     return figure
 
@@ -235,7 +235,7 @@ def scatter(pairs: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
         f"Of {len(rows)} pairs never trained on, {up} became more alike; "
         f"the translation's rank got better for {more} and worse for {less}"
     )
-    figure, ((axes,),) = _figure(headline, title, (1, 1), height=5.4)
+    figure, ((axes,),) = new_figure(headline, title, (1, 1), height=5.4)
     low, high = min(before.min(), after.min()), max(before.max(), after.max())
     edge = max(0.06 * (high - low), 1e-4)
     limits = (low - edge, high + edge)
@@ -262,7 +262,7 @@ def specificity(null: Mapping[str, np.ndarray], observed: Mapping[str, float], t
     shares = {split: np.floor(1000 * np.mean(null[split] < observed[split])) / 10 for split in splits}  # 100 is all
     said = [f"{share:g} % of random matchings on {SPLITS[split]}" for split, share in shares.items()]
     headline = f"The gain of true pairs exceeds that of {', and '.join(said)}"
-    figure, axes = _figure(headline, title, (1, len(splits)))
+    figure, axes = new_figure(headline, title, (1, len(splits)))
     for split, panel in zip(splits, axes[0], strict=True):
         gains, true = np.asarray(null[split]), observed[split]
         panel.set_title(SPLITS[split])
@@ -290,7 +290,7 @@ def specificity(null: Mapping[str, np.ndarray], observed: Mapping[str, float], t
 # --- small parts --------------------------------------------------------------------------------------------
 
 
-def _by_layer(rows: Iterable[Mapping[str, Any]]) -> Layers:
+def by_layer(rows: Iterable[Mapping[str, Any]]) -> Layers:
     rows = list(rows)
     found = {str(row["layer"]) for row in rows}
     names = [*sorted(found - {"final"}, key=int), *(found & {"final"})]
@@ -309,7 +309,7 @@ def _layer(table: Layers, index: int) -> str:
     return "the final layer" if name == "final" else f"layer {name}"
 
 
-def _figure(
+def new_figure(
     headline: str,
     title: str,
     shape: tuple[int, int],
@@ -333,7 +333,7 @@ def _figure(
     return figure, axes
 
 
-def _layer_axis(axes: Axes, names: Sequence[str]) -> None:
+def layer_axis(axes: Axes, names: Sequence[str]) -> None:
     """Ticks at round layers and at "final"; none so near to "final" that the two would touch."""
     last = len(names) - 1
     step = next((step for step in (1, 2, 4, 5, 10, 20) if len(names) / step <= 8), 40)
@@ -344,7 +344,7 @@ def _layer_axis(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlabel("layer")
 
 
-def _end_labels(axes: Axes, labels: Sequence[tuple[str, float, str]]) -> None:
+def end_labels(axes: Axes, labels: Sequence[tuple[str, float, str]]) -> None:
     """Names right of the curves' ends, (text, y, colour), moved apart where they would overlap."""
     figure = axes.get_figure(root=True)
     assert figure

@@ -67,7 +67,7 @@ def unchanged() -> dict[str, Any]:
 
 
 def figures(case: dict[str, Any]) -> dict[str, Figure | None]:
-    table = plots._by_layer(case["layers"])
+    table = plots.by_layer(case["layers"])
     with plots.matplotlib.rc_context(plots.STYLE):
         return {
             "similarity.png": plots.similarity(table, "run"),
@@ -172,6 +172,6 @@ def test_an_untrained_run_has_the_pilots_figures_alone(tmp_path: Path) -> None:
 
 def test_layers_stand_in_order_with_final_last() -> None:
     shuffled = list(reversed(rows("pilot", "all", pair_cosine=np.arange(20.0), mismatched_cosine=0.0)))
-    table = plots._by_layer(shuffled)
+    table = plots.by_layer(shuffled)
     assert table.names == [str(name) for name in NAMES]
     np.testing.assert_array_equal(table.values["pilot", "all", "pair_cosine"], np.arange(20.0))
