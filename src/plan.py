@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from src.config import Config, DatasetConfig, config_hash, inputs_digest, read_config, run_name
 from src.errors import UserError
 from src.tracking import public_uri
+from src.workers import prepare
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -33,6 +34,7 @@ class Plan:
 
 def plan(config: DictConfig) -> Plan:
     """Checks all jobs and looks up which are done. Raises UserError, and Hydra's errors for what can't be composed."""
+    prepare(config)
     folder = Path(config.hydra.sweep.dir).absolute()  # first, as it holds the time: Hydra hands it to all jobs
     given, swept, overrides = list_jobs(config)
     composed = [_compose(config, number, job) for number, job in enumerate(overrides)]

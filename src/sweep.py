@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
-from src import console, summary, tracking
+from src import console, summary, tracking, workers
 from src.config import read_config, run_name
 from src.errors import UserError
 from src.files import write_text
@@ -133,9 +133,14 @@ def _earlier(planned: Plan) -> dict[str, Any] | None:
     return None
 
 
-def planned_job(folder: Path, number: int) -> dict[str, Any]:
-    """A job's entry in sweep.json; any process of the sweep may ask."""
-    return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["jobs"][number]
+def document(folder: Path) -> dict[str, Any]:
+    """What sweep.json says; any process of the sweep may ask, on any machine."""
+    return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+
+
+def here() -> bool:
+    """Whether this is the sweep's own process, which started the command, and not a launcher's worker."""
+    return _current is not None
 
 
 def _print_plan(jobs: Sequence[Mapping[str, Any]]) -> None:
@@ -153,13 +158,10 @@ def _open_run(
     experiment: str | None,
     earlier: Mapping[str, Any] | None,
 ) -> str | None:
-    """The parent of the jobs' runs, handed to them through the environment. A resumed sweep goes on in its old run."""
+    """The parent of the jobs' runs, which find it in sweep.json. A resumed sweep goes on in its old run."""
     tags = {"sweep": document["id"], "command": document["command"]}
     name = experiment or f"sweep of {' × '.join(document['swept']) or 'one job'}"
-    run_id = tracking.open_sweep(store, name, tags, earlier["mlflow_run_id"] if earlier else None)
-    if run_id:
-        os.environ |= {tracking.PARENT: run_id, tracking.SWEEP: document["id"]}
-    return run_id
+    return tracking.open_sweep(store, name, tags, earlier["mlflow_run_id"] if earlier else None)
 
 
 def _view(document: Mapping[str, Any], store: tracking.Store | None) -> str | None:
@@ -176,7 +178,33 @@ def _view(document: Mapping[str, Any], store: tracking.Store | None) -> str | No
     )
 
 
+# --- a job's place in the sweep ----------------------------------------------------------------------------
+
+
+@contextmanager
+def placed(found: Mapping[str, Any], number: int) -> Iterator[None]:
+    """Tells tracking which sweep the job belongs to and what it is called, wherever the job runs."""
+    named = {tracking.NAME: found["jobs"][number]["name"]}
+    if found["mlflow_run_id"]:
+        named |= {tracking.PARENT: found["mlflow_run_id"], tracking.SWEEP: found["id"]}
+    os.environ |= named
+    try:
+        yield
+    finally:
+        for name in named:
+            os.environ.pop(name, None)
+
+
 # --- after the last job -------------------------------------------------------------------------------------
+
+
+def stop() -> None:
+    """For a signal: no further job starts, wherever it waits, and those at work in processes of ours end now."""
+    if _current is None:
+        return
+    _current.document["ended"] = _now()
+    _write(_current)
+    workers.end([Path(job["folder"]) for job in _current.document["jobs"]])
 
 
 def close() -> None:
@@ -185,8 +213,6 @@ def close() -> None:
     if _current is None:
         return
     sweep, _current = _current, None
-    for name in (tracking.PARENT, tracking.SWEEP):
-        os.environ.pop(name, None)
     jobs = sweep.document["jobs"]
     for job in jobs:
         job["status"], job["error"] = outcome(Path(job["folder"]))
@@ -195,6 +221,8 @@ def close() -> None:
     statuses = {job["status"] for job in jobs}
     failures = sum(job["status"] != "done" for job in jobs)
     found = summary.read_results(jobs)
+    if "killed" in statuses:
+        tracking.close_lost(sweep.store)
     tracking.close_sweep(
         sweep.store,
         sweep.document["mlflow_run_id"],
