@@ -177,10 +177,9 @@ def main() -> int:
 
 def _interrupted(number: int, _: Any) -> None:
     """Ends the workers first: what a launcher does about an exception gives them no time to close their runs."""
-    from src import sweep
+    from src import sweep, workers
 
-    for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave workers behind
+    workers.ignore_signals()  # an impatient second Ctrl-C must not leave workers behind
     sweep.stop()
     if number == signal.SIGINT:
         signal.signal(number, signal.SIG_DFL)  # from here on it ends everything at once

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -56,6 +57,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def ignore_signals() -> None:
+    """From now on SIGINT and SIGTERM do nothing here, until other handlers are set."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN: Python complains where a signal is on its way already
+
+
 # --- in a worker --------------------------------------------------------------------------------------------
 
 
@@ -66,7 +73,10 @@ def at_work(folder: Path, name: str) -> Iterator[None]:
     A signal ends a job here as it would in the only process, by a SystemExit, in time to close its run; then the whole
     worker goes, before it takes another job.
     """
+    from tqdm import tqdm
+
     console.alone = False
+    tqdm.set_lock(RLock())  # its own is for several processes, and one that ends at once leaves a warning about it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_worker)
     write_text(folder / _AT_WORK, str(os.getpid()))
@@ -87,8 +97,7 @@ _ended: list[int] = []  # the exit status that a signal asks of this worker
 
 
 def _end_worker(number: int, _: Any) -> None:
-    for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)  # a terminal's Ctrl-C comes twice: by itself, and from the sweep's process
+    ignore_signals()  # a terminal's Ctrl-C comes twice: by itself, and from the sweep's process
     _ended.append(128 + number)
     sys.exit(128 + number)
 
