@@ -113,14 +113,18 @@ def _job_of_sweep(composed: DictConfig, folder: Path, swept: Path, number: int) 
         return
     title = f"job {number}: {planned['name']}"
     with ExitStack() as around:
+        if not sweep.here():
+            around.enter_context(workers.at_work(folder))
+        document = sweep.document(swept)  # read again: who ends the sweep writes that first, and then looks for workers
+        if document["ended"]:
+            sweep.withdraw(folder)
+            return
         if sweep.here():
             print(title)
         else:
-            around.enter_context(workers.at_work(folder, title))
-        document = sweep.document(swept)  # read again: who ends the sweep writes that first, and then looks for workers
-        if document["ended"] is None:
-            around.enter_context(sweep.placed(document, number))
-            _attempt(composed, folder)
+            around.enter_context(workers.in_one_piece(title))
+        around.enter_context(sweep.placed(document, number))
+        _attempt(composed, folder)
 
 
 def _attempt(composed: DictConfig, folder: Path) -> Exception | None:
@@ -139,6 +143,7 @@ def _attempt(composed: DictConfig, folder: Path) -> Exception | None:
 
 
 _errors: list[tuple[Path, Exception]] = []  # of single runs; Hydra's own main returns nothing
+_signals: list[int] = []  # that ended this process
 
 
 def main() -> int:
@@ -160,7 +165,7 @@ def main() -> int:
         hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
     except KeyboardInterrupt:
         console.fail("interrupted")
-        return 130
+        return 128 + max(_signals, default=signal.SIGINT)
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return 141
@@ -180,11 +185,10 @@ def _interrupted(number: int, _: Any) -> None:
     from src import sweep, workers
 
     workers.ignore_signals()  # an impatient second Ctrl-C must not leave workers behind
+    _signals.append(number)
     sweep.stop()
-    if number == signal.SIGINT:
-        signal.signal(number, signal.SIG_DFL)  # from here on it ends everything at once
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on it ends everything at once
+    raise KeyboardInterrupt
 
 
 def _report(error: Exception, folder: Path | None) -> int:

@@ -115,6 +115,7 @@ def begin(config: DictConfig) -> None:
     document["mlflow_run_id"] = _open_run(store, document, chosen, earlier)
     _current = Sweep(planned.folder, document, store)
     _write(_current)
+    workers.start(config)
 
 
 def _all_done(jobs: Sequence[Mapping[str, Any]]) -> bool:
@@ -193,6 +194,12 @@ def placed(found: Mapping[str, Any], number: int) -> Iterator[None]:
     finally:
         for name in named:
             os.environ.pop(name, None)
+
+
+def withdraw(folder: Path) -> None:
+    """Takes away the folder that Hydra has made for a job that is not to start, so that it counts as pending."""
+    if {file.name for file in folder.iterdir()} <= {".hydra", "run.log", workers.AT_WORK}:
+        shutil.rmtree(folder)
 
 
 # --- after the last job -------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from threading import RLock
@@ -23,8 +25,17 @@ from src.files import write_text
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+# Of Ray, where the user hasn't set them: print what workers say as it is, no account of jobs that we ended, report to
+# nobody. A Ray of our own also stays on loopback, in spite of its name for that, and asks for a token.
+_RAY = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_OWN_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 PATIENCE = 10  # seconds that a worker may take to close its run
-_AT_WORK = ".worker"  # in a job's folder while a process is at it: that process's number
+AT_WORK = ".worker"  # in a job's folder while a process is at it: that process's number
 
 
 def prepare(config: DictConfig) -> None:
@@ -44,6 +55,20 @@ def prepare(config: DictConfig) -> None:
     if target.endswith(".LocalLauncher") and config.hydra.sweeper.max_batch_size is None:
         with read_write(config), open_dict(config):  # submitit would start all of the sweep's jobs at once
             config.hydra.sweeper.max_batch_size = _cores()
+
+
+def start(config: DictConfig) -> None:
+    """Starts Ray, where it is chosen, ahead of its launcher: Ray takes SIGTERM for itself, and here we take it back."""
+    from omegaconf import OmegaConf
+
+    if not config.hydra.launcher._target_.endswith(".RayLauncher"):
+        return
+    init: Any = OmegaConf.to_container(config.hydra.launcher.ray.init, resolve=True)
+    for key, value in (_RAY | (_OWN_RAY if init["address"] is None else {})).items():
+        os.environ.setdefault(key, value)  # read when Ray is imported
+    ours = signal.getsignal(signal.SIGTERM)
+    import_module("ray").init(**init)
+    signal.signal(signal.SIGTERM, ours)
 
 
 def _installed(module: str) -> bool:
@@ -67,62 +92,67 @@ def ignore_signals() -> None:
 
 
 @contextmanager
-def at_work(folder: Path, name: str) -> Iterator[None]:
-    """Around a job in a worker: notes in the job's folder which process is at it, and keeps its output in one piece.
+def at_work(folder: Path) -> Iterator[None]:
+    """Around a job in a worker: notes in the job's folder which process is at it.
 
-    A signal ends a job here as it would in the only process, by a SystemExit, in time to close its run; then the whole
-    worker goes, before it takes another job.
+    A signal ends the block as it would in the only process, by a SystemExit, in time to close the run. The worker stays:
+    pools complain of one that goes, and there is no further job for it in a sweep that was ended.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_job)
+    write_text(folder / AT_WORK, str(os.getpid()))
+    try:
+        with suppress(SystemExit):
+            yield
+    finally:
+        (folder / AT_WORK).unlink(missing_ok=True)
+
+
+def _end_job(number: int, _: Any) -> None:
+    ignore_signals()  # a terminal's Ctrl-C comes twice: by itself, and from the sweep's process
+    sys.exit(128 + number)
+
+
+@contextmanager
+def in_one_piece(title: str) -> Iterator[None]:
+    """Prints what the block prints at its end, under the title, as other workers print, too; no progress bars."""
     from tqdm import tqdm
 
     console.alone = False
-    tqdm.set_lock(RLock())  # its own is for several processes, and one that ends at once leaves a warning about it
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end_worker)
-    write_text(folder / _AT_WORK, str(os.getpid()))
-    print(f"{name} …", flush=True)
+    tqdm.set_lock(RLock())  # its own is for several processes, and a warning remains of it where one is ended
+    print(f"{title} …", flush=True)
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
             yield
     finally:
         if text := printed.getvalue():
-            print(f"\n{name}\n{text}", end="", flush=True)
-        (folder / _AT_WORK).unlink(missing_ok=True)
-        if _ended:
-            os._exit(_ended[0])  # a pool would take the SystemExit for the job's result, and go on
-
-
-_ended: list[int] = []  # the exit status that a signal asks of this worker
-
-
-def _end_worker(number: int, _: Any) -> None:
-    ignore_signals()  # a terminal's Ctrl-C comes twice: by itself, and from the sweep's process
-    _ended.append(128 + number)
-    sys.exit(128 + number)
+            print(f"\n{title}\n{text}", end="", flush=True)
 
 
 # --- in the sweep's own process -----------------------------------------------------------------------------
 
 
 def end(folders: Sequence[Path]) -> None:
-    """Ends those descendants of this process that are at a job in `folders`; by force what takes over PATIENCE.
+    """Ends the jobs in `folders` that descendants of this process are at; a process that takes over PATIENCE dies.
 
     Jobs that a cluster runs are nobody's descendants here, and go on.
     """
     children = {child.pid: child for child in psutil.Process().children(recursive=True)}
-    busy = [children[number] for folder in folders if (number := _process(folder)) in children]
-    for process in busy:
+    busy = {folder: children[number] for folder in folders if (number := _process(folder)) in children}
+    for process in busy.values():
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(busy, timeout=PATIENCE)
-    for process in stubborn:
+    limit = time.monotonic() + PATIENCE
+    while busy and time.monotonic() < limit:
+        time.sleep(0.05)
+        busy = {folder: process for folder, process in busy.items() if process.is_running() and _process(folder)}
+    for process in busy.values():
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(stubborn, timeout=PATIENCE)
 
 
 def _process(folder: Path) -> int | None:
     with suppress(OSError, ValueError):
-        return int((folder / _AT_WORK).read_text(encoding="utf-8"))
+        return int((folder / AT_WORK).read_text(encoding="utf-8"))
     return None
