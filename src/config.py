@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 
+
 @dataclass
 class ModelConfig:
     name: str

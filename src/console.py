@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-
 alone = True  # whether this process has the terminal to itself
 
 

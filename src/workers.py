@@ -48,10 +48,11 @@ def prepare(config: DictConfig) -> None:
     target = config.hydra.launcher._target_
     plugin = re.match(r"hydra_plugins\.(hydra_(\w+)_launcher)\.", target)
     if plugin and not _installed(f"hydra_plugins.{plugin[1]}"):
-        raise UserError(
-            f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']} needs the extra {plugin[2]}, which isn't "
-            f"installed: pip install 'hydra-{plugin[2]}-launcher>=1.2,<1.3'"
-        )
+        name, extra = config.hydra.runtime.choices["hydra/launcher"], plugin[2]
+        how = f"pip install 'hydra-{extra}-launcher>=1.2,<1.3'"
+        if extra == "ray":  # pip alone would put an older cloudpickle under the others
+            how = "make ray, then .venv-ray/bin/python -m src.run …"
+        raise UserError(f"hydra/launcher={name} needs the extra {extra}, which isn't installed: {how}")
     if target.endswith(".LocalLauncher") and config.hydra.sweeper.max_batch_size is None:
         with read_write(config), open_dict(config):  # submitit would start all of the sweep's jobs at once
             config.hydra.sweeper.max_batch_size = _cores()
@@ -95,8 +96,8 @@ def ignore_signals() -> None:
 def at_work(folder: Path) -> Iterator[None]:
     """Around a job in a worker: notes in the job's folder which process is at it.
 
-    A signal ends the block as it would in the only process, by a SystemExit, in time to close the run. The worker stays:
-    pools complain of one that goes, and there is no further job for it in a sweep that was ended.
+    A signal ends the block as it would in the only process, by a SystemExit, in time to close the run. The worker
+    stays: pools complain of one that goes, and there is no further job for it in a sweep that was ended.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_job)
