@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import signal
@@ -101,6 +102,8 @@ def at_work(folder: Path) -> Iterator[None]:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_job)
+    if pool := sys.modules.get("joblib.externals.loky.process_executor"):
+        pool.__dict__["_MAX_MEMORY_LEAK_SIZE"] = math.inf  # else a worker that grows by 300 MB is replaced
     write_text(folder / AT_WORK, str(os.getpid()))
     try:
         with suppress(SystemExit):

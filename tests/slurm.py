@@ -68,8 +68,12 @@ def slurm() -> Iterator[dict[str, str]]:
         with ExitStack() as daemons:
             for program, arguments in (("munged", munge), ("slurmctld", ["-D", "-i"]), ("slurmd", ["-D", "-N", host])):
                 daemons.enter_context(_daemon(program, arguments, folder, environment))
-            _wait_until_idle(environment, folder)
-            yield environment
+            _wait_for("idle", ["sinfo", "-h", "-o", "%T"], environment, folder)
+            try:
+                yield environment
+            finally:  # a job that outlived the daemons would stay for ever
+                subprocess.run(["scancel", "--me"], env=environment, check=False)
+                _wait_for("", ["squeue", "-h"], environment, folder)
     finally:
         shutil.rmtree(folder)
 
@@ -91,17 +95,15 @@ def _daemon(program: str, arguments: list[str], folder: Path, environment: dict[
                 process.wait()
 
 
-def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
+def _wait_for(wanted: str, command: list[str], environment: dict[str, str], folder: Path) -> None:
     limit = time.monotonic() + 60
     while True:
-        asked = subprocess.run(
-            ["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True, check=False
-        )
-        if asked.stdout.strip() == "idle":
+        asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if asked.returncode == 0 and asked.stdout.strip() == wanted:
             return
         if time.monotonic() > limit:
             logs = "\n".join(file.read_text(errors="replace")[-3000:] for file in folder.glob("*.out"))
-            raise AssertionError(f"no Slurm after a minute: {asked.stdout} {asked.stderr}\n{logs}")
+            raise AssertionError(f"{command} says {asked.stdout} {asked.stderr} for a minute\n{logs}")
         time.sleep(0.2)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +59,20 @@ class Command:
         limit = time.monotonic() + 240
         while not happened():
             assert self.process.poll() is None and time.monotonic() < limit, self.end()
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def open_jobs(self) -> int:
-        """How many of the sweep's jobs have an open run; 0 before it has one of its own."""
-        if not documents(self.folder):
+        """How many of the sweep's jobs have an open run."""
+        file = Path(self.store.removeprefix("sqlite:///"))
+        if not file.exists():
             return 0
-        return sum(
-            run.info.status == "RUNNING" and "mlflow.parentRunId" in run.data.tags
-            for run in runs(self.store, self.folder).values()
-        )
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=30)) as database:
+            (count,) = database.execute(
+                "SELECT COUNT(*) FROM runs JOIN tags USING (run_uuid) JOIN experiments USING (experiment_id) "
+                "WHERE status = 'RUNNING' AND key = 'mlflow.parentRunId' AND experiments.name = ?",
+                (self.folder.name,),
+            ).fetchone()
+        return count
 
     def processes(self) -> list[psutil.Process]:
         found = []
@@ -261,7 +267,7 @@ print([job.exitcode for job in jobs])
     for run in found:
         number, turn = map(int, str(run.info.run_name).split())
         assert run.info.status == "FINISHED" and run.data.params["number"] == str(number)
-        assert run.inputs.dataset_inputs[0].dataset.digest == str(turn)
+        assert run.inputs and run.inputs.dataset_inputs[0].dataset.digest == str(turn)
         steps = 200 + 3 * number + turn
         losses = client.get_metric_history(run.info.run_id, "train/loss")
         assert sorted((point.step, point.value) for point in losses) == [(i, 1 / i) for i in range(1, steps + 1)]
