@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from src.layers import Layer
 
+ROOT = Path(__file__).parent.parent
+
 
 @dataclass
 class ModelConfig:
@@ -162,8 +164,18 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 
 
 def register() -> None:
-    """Makes the schema known to Hydra, under the name that conf/config.yaml starts from."""
+    """Makes the schema known to Hydra, under the name that conf/config.yaml starts from.
+
+    Takes out what launchers' plug-ins put under the names of conf/hydra/launcher/*.yaml: Hydra would merge the two,
+    deprecates that in a warning, and can't do it where a file sets more than the launcher.
+    """
     from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # finds them, once
+    launchers = ConfigStore.instance().repo["hydra"]["launcher"]
+    for file in (ROOT / "conf/hydra/launcher").glob("*.yaml"):
+        launchers.pop(file.name, None)
 
     ConfigStore.instance().store(name="schema", node=Config)
 

@@ -6,10 +6,15 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+alone = True  # whether this process has the terminal to itself
+
 
 def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-    """The items, with a progress bar on stderr that shows the time left; silent when stderr is no terminal."""
-    if not sys.stderr.isatty():
+    """The items, with a progress bar on stderr that shows the time left; silent when stderr is no terminal.
+
+    Silent in one of several workers, too: their bars would write over each other.
+    """
+    if not (alone and sys.stderr.isatty()):
         return items
     from rich.console import Console
     from rich.progress import track

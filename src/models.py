@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 UNPACKED_BYTES = 2 * 2**30
 NETWORK_SECONDS = 5  # what an unreachable hub may cost before the user is told
 
@@ -62,9 +64,11 @@ _held: dict[str, LoadedModel] = {}  # the model in use, by what was asked for
 
 
 def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
-    from transformers import logging
+    import torch
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # ours say what takes long
+    disable_progress_bar()  # ours say what takes long
+    log.info("loading %s in process %d with %d threads", config.name, os.getpid(), torch.get_num_threads())
     device = _device(config)
     folder, revision = _locate(config)
     model, tokenizer = _from_folder(folder, config, quant, device)

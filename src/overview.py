@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from src.files import written_atomically
 from src.plots import AFTER, BEFORE, DPI, PAIRS, QUIET, STYLE, WORSE, by_layer, end_labels, layer_axis, new_figure
 from src.results import read_table
 
@@ -35,7 +36,8 @@ def draw_overview(found: Sequence[Mapping[str, Any]], folder: Path, title: str) 
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         for name, figure in (("settings.png", _settings(trained, title)), ("layers.png", _layers(trained, title))):
             if figure is not None:
-                figure.savefig(folder / name, dpi=DPI)
+                with written_atomically(folder / name) as temporary:
+                    figure.savefig(temporary, format="png", dpi=DPI)
                 written.append(folder / name)
     return written
 

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from src.config import Config, read_config, register
 from src.errors import Pruned, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from omegaconf import DictConfig
 
@@ -97,7 +97,7 @@ class _Clock:
 
 
 def job(composed: DictConfig) -> None:
-    """What Hydra calls for each job: one run in Hydra's folder, unless a sweep has it already.
+    """What Hydra calls for each job, here or in a launcher's worker: one run in Hydra's folder.
 
     An error is left in failed.json and not raised: Hydra would print an account of its own, and stop a sweep's other
     jobs from being seen.
@@ -105,24 +105,48 @@ def job(composed: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from src import results, sweep, tracking
-
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
-    swept = settings.mode == RunMode.MULTIRUN
-    planned: dict[str, Any] = {}
-    if swept:
-        planned = sweep.planned_job(Path(settings.sweep.dir), settings.job.num)
-        if planned["status"] == "done":
-            print(f"already done: {planned['name']} → {planned['folder']}")
+    if settings.mode == RunMode.MULTIRUN:
+        os.chdir(settings.runtime.cwd)  # a cluster may have started its worker elsewhere
+        _job_of_sweep(composed, folder, Path(settings.sweep.dir), settings.job.num)
+    elif error := _attempt(composed, folder):
+        _errors.append((folder, error))
+
+
+def _job_of_sweep(composed: DictConfig, folder: Path, swept: Path, number: int) -> None:
+    """The job, unless the sweep has it already or was ended meanwhile."""
+    from src import sweep, workers
+
+    planned = sweep.entry(sweep.document(swept), number)
+    if planned["status"] == "done":
+        print(f"already done: {planned['name']} → {planned['folder']}", flush=True)
+        return
+    title = f"job {number}: {planned['name']}"
+    with ExitStack() as around:
+        if not sweep.here():
+            around.enter_context(workers.at_work(folder))
+        document = sweep.document(swept)  # read again: who ends the sweep writes that first, and then looks for workers
+        if document["ended"]:
+            sweep.withdraw(folder)
             return
-        print(f"job {planned['number']}: {planned['name']}")
-        os.environ[tracking.NAME] = planned["name"]
+        if sweep.here():
+            print(title)
+        else:
+            around.enter_context(workers.in_one_piece(title))
+        around.enter_context(sweep.placed(document, number))
+        _attempt(composed, folder, planned | {"search": document.get("search", {})})
+
+
+def _attempt(composed: DictConfig, folder: Path, planned: Mapping[str, Any] | None = None) -> Exception | None:
+    """Runs the job; returns what went wrong, which is in failed.json then. `planned` is its entry in sweep.json."""
+    from src import results
+
     results.clear(folder)
     logging.captureWarnings(True)  # the libraries' warnings go to run.log
     try:
         config, judge = read_config(composed), None
-        if planned.get("search", {}).get("pruning"):
+        if planned and planned["search"].get("pruning"):
             from src import search
 
             judge = search.judge(planned, folder, config.train.epochs)
@@ -132,13 +156,12 @@ def job(composed: DictConfig) -> None:
     except Exception as error:
         log.error("%s", error, exc_info=not isinstance(error, UserError))
         results.record_failure(folder, error)
-        if not swept:
-            _errors.append((folder, error))
-    finally:
-        os.environ.pop(tracking.NAME, None)
+        return error
+    return None
 
 
 _errors: list[tuple[Path, Exception]] = []  # of single runs; Hydra's own main returns nothing
+_signals: list[int] = []  # that ended this process
 
 
 def main() -> int:
@@ -151,7 +174,8 @@ def main() -> int:
     # 50 GFLOP/s), and on an idle machine it makes no difference. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # else `a=1 -m b=2` fails
     register()
     sweep.failures = 0
@@ -159,7 +183,7 @@ def main() -> int:
         hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
     except KeyboardInterrupt:
         console.fail("interrupted")
-        return 130
+        return 128 + max(_signals, default=signal.SIGINT)
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return 141
@@ -172,6 +196,17 @@ def main() -> int:
     finally:
         sweep.close()  # a sweep that was interrupted
     return max((_report(error, folder) for folder, error in _errors), default=min(sweep.failures, 1))
+
+
+def _interrupted(number: int, _: Any) -> None:
+    """Ends the workers first: what a launcher does about an exception gives them no time to close their runs."""
+    from src import sweep, workers
+
+    workers.ignore_signals()  # an impatient second Ctrl-C must not leave workers behind
+    _signals.append(number)
+    sweep.stop()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on it ends everything at once
+    raise KeyboardInterrupt
 
 
 def _report(error: Exception, folder: Path | None) -> int:
@@ -197,4 +232,6 @@ def _hydra_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from src.run import main as importable  # workers look for `job` in src.run, not in a `__main__` that is their own
+
+    sys.exit(importable())

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
-from src import console, summary, tracking
+from src import console, summary, tracking, workers
 from src.config import read_config, run_name
 from src.errors import UserError
 from src.files import write_text
+from src.overview import draw_overview
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
 from src.results import FAILED, SETTLED, outcome
 
@@ -86,6 +87,7 @@ def begin(config: DictConfig) -> None:
     """Plans the sweep and opens it, or ends the program where there is nothing to run. Raises UserError."""
     global _current, failures
     _current, failures = None, 0
+    workers.prepare(config)
     search = _search(config)
     planned = search.plan if search else plan(config)
     if planned.first.sweep.dry_run:
@@ -114,6 +116,7 @@ def begin(config: DictConfig) -> None:
     document["mlflow_run_id"] = _open_run(store, document, chosen, earlier)
     _current = Sweep(planned.folder, document, store, search)
     write()
+    workers.start(config)
 
 
 def _search(config: DictConfig) -> Search | None:
@@ -166,17 +169,25 @@ def _earlier(planned: Plan, search: Search | None) -> dict[str, Any] | None:
     return None
 
 
-def planned_job(folder: Path, number: int) -> dict[str, Any]:
-    """A job's entry in sweep.json, and its `search` where it has one; any process of the sweep may ask."""
-    document = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    (job,) = [job for job in document["jobs"] if job["number"] == number]
-    return job | {"search": document.get("search", {})}
+def document(folder: Path) -> dict[str, Any]:
+    """What sweep.json says; any process of the sweep may ask, on any machine."""
+    return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+
+
+def entry(found: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A job's entry in sweep.json; a search that goes on has gaps in its numbers."""
+    return next(job for job in found["jobs"] if job["number"] == number)
 
 
 def under_way() -> Sweep:
     """The sweep that `begin` has opened."""
     assert _current
     return _current
+
+
+def here() -> bool:
+    """Whether this is the sweep's own process, which started the command, and not a launcher's worker."""
+    return _current is not None
 
 
 def _print_plan(jobs: Sequence[Mapping[str, Any]]) -> None:
@@ -194,13 +205,10 @@ def _open_run(
     experiment: str | None,
     earlier: Mapping[str, Any] | None,
 ) -> str | None:
-    """The parent of the jobs' runs, handed to them through the environment. A resumed sweep goes on in its old run."""
+    """The parent of the jobs' runs, which find it in sweep.json. A resumed sweep goes on in its old run."""
     tags = {"sweep": document["id"], "command": document["command"]}
     name = experiment or f"sweep of {' × '.join(document['swept']) or 'one job'}"
-    run_id = tracking.open_sweep(store, name, tags, earlier["mlflow_run_id"] if earlier else None)
-    if run_id:
-        os.environ |= {tracking.PARENT: run_id, tracking.SWEEP: document["id"]}
-    return run_id
+    return tracking.open_sweep(store, name, tags, earlier["mlflow_run_id"] if earlier else None)
 
 
 def _view(document: Mapping[str, Any], store: tracking.Store | None) -> str | None:
@@ -217,7 +225,39 @@ def _view(document: Mapping[str, Any], store: tracking.Store | None) -> str | No
     )
 
 
+# --- a job's place in the sweep ----------------------------------------------------------------------------
+
+
+@contextmanager
+def placed(found: Mapping[str, Any], number: int) -> Iterator[None]:
+    """Tells tracking which sweep the job belongs to and what it is called, wherever the job runs."""
+    named = {tracking.NAME: entry(found, number)["name"]}
+    if found["mlflow_run_id"]:
+        named |= {tracking.PARENT: found["mlflow_run_id"], tracking.SWEEP: found["id"]}
+    os.environ |= named
+    try:
+        yield
+    finally:
+        for name in named:
+            os.environ.pop(name, None)
+
+
+def withdraw(folder: Path) -> None:
+    """Takes away the folder that Hydra has made for a job that is not to start, so that it counts as pending."""
+    if {file.name for file in folder.iterdir()} <= {".hydra", "run.log", workers.AT_WORK}:
+        shutil.rmtree(folder)
+
+
 # --- after the last job -------------------------------------------------------------------------------------
+
+
+def stop() -> None:
+    """For a signal: no further job starts, wherever it waits, and those at work in processes of ours end now."""
+    if _current is None:
+        return
+    _current.document["ended"] = _now()
+    _write(_current)
+    workers.end([Path(job["folder"]) for job in _current.document["jobs"]])
 
 
 def close() -> None:
@@ -228,8 +268,6 @@ def close() -> None:
     sweep, _current = _current, None
     if sweep.search:
         sweep.search.close()
-    for name in (tracking.PARENT, tracking.SWEEP):
-        os.environ.pop(name, None)
     jobs = sweep.document["jobs"]
     for job in jobs:
         job["status"], job["error"] = outcome(Path(job["folder"]))
@@ -239,6 +277,8 @@ def close() -> None:
     cut_off = {"killed", "pending"} & statuses or (sweep.search and sweep.search.missing)
     failures = sum(job["status"] not in SETTLED for job in jobs)
     found = summary.read_results(jobs)
+    if "killed" in statuses:
+        tracking.close_lost(sweep.store)
     tracking.close_sweep(
         sweep.store,
         sweep.document["mlflow_run_id"],
@@ -246,6 +286,7 @@ def close() -> None:
         note=_note(sweep.document, found),
         columns=["name", "verdict", *summary.COLUMNS, "folder"],
         rows=[[*row, results["folder"]] for results in found for row in summary.job_rows([results])],
+        figures=draw_overview(found, sweep.folder / "overview", sweep.document["id"]),
     )
     _print_end(sweep.document, _view(sweep.document, sweep.store))
 

@@ -49,7 +49,7 @@ _PARAMS, _METRICS, _VALUE, _DIGEST = (
 )  # MLflow's limits: per batch, per batch, characters, characters
 
 
-# Environment variables that hand a sweep's run and id to its jobs, under every launcher, and its name to each job.
+# Environment variables that say which sweep's run and id a job belongs to, and its name; src.sweep sets them.
 PARENT, SWEEP, NAME = "TLI_SWEEP_RUN", "TLI_SWEEP_ID", "TLI_RUN_NAME"
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,15 @@ def open_store(config: TrackingConfig, root: Path) -> Store | None:
         return None
     store = Store(store_uri(config.uri, root), config.experiment)
     check(store.uri, store.experiment)
-    with _warned("orphaned runs stay open"):
-        close_orphans(store.uri, store.experiment)
+    close_lost(store)
     return store
+
+
+def close_lost(store: Store | None) -> None:
+    """Marks as KILLED what processes of this machine left open that are gone."""
+    if store:
+        with _warned("orphaned runs stay open"):
+            close_orphans(store.uri, store.experiment)
 
 
 @contextmanager
@@ -190,8 +196,12 @@ def close_sweep(
     note: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
+    figures: Sequence[Path],
 ) -> None:
-    """Closes a sweep's run with `note` as its description and the table as summary.json; nothing without a run."""
+    """Closes a sweep's run with `note` as its description, the table as summary.json, and the figures.
+
+    Does nothing without a run.
+    """
     if store is None or run_id is None:
         return
     with _warned("the sweep's run stays without its summary"), _client(store.uri) as client:
@@ -199,6 +209,8 @@ def close_sweep(
 
         table = {"path": "summary.json", "type": "table"}
         client.log_text(run_id, json.dumps({"columns": list(columns), "data": list(rows)}), table["path"])
+        for figure in figures:
+            client.log_artifact(run_id, str(figure), "overview")
         tags = {"mlflow.note.content": _short(note), "mlflow.loggedArtifacts": json.dumps([table])}
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         client.set_terminated(run_id, status)
@@ -423,8 +435,17 @@ def start(
             entity = Dataset(
                 dataset["name"], dataset["digest"][:_DIGEST], "local", source, profile=json.dumps(dict(dataset))
             )
-            client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+            _log_input(client, run_id, DatasetInput(entity, [InputTag("mlflow.data.context", "training")]))
     return run_id
+
+
+def _log_input(client: Any, run_id: str, dataset: Any) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.log_inputs(run_id, [dataset])
+    except MlflowException:  # another job wrote the same dataset in this very moment: now it is there to be found
+        client.log_inputs(run_id, [dataset])
 
 
 def _process_tags() -> dict[str, str]:
@@ -482,7 +503,10 @@ def _experiment(client: Any, uri: str, name: str) -> str:
 
 def _alive(tags: Mapping[str, str]) -> bool:
     try:
-        started = psutil.Process(int(tags["pid"])).create_time()
+        process = psutil.Process(int(tags["pid"]))
+        started = process.create_time()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
         return abs(started - float(tags["process_start"])) < 2  # another start time: the number was given out again
     except (psutil.NoSuchProcess, KeyError, ValueError):
         return False

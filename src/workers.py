@@ -1,0 +1,162 @@
+"""Jobs in other processes: which launcher can start them, what a worker does about a signal, and how all are ended."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from src import console
+from src.errors import UserError
+from src.files import write_text
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Of Ray, where the user hasn't set them: print what workers say as it is, no account of jobs that we ended, report to
+# nobody. A Ray of our own also stays on loopback, in spite of its name for that, and asks for a token.
+_RAY = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_OWN_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+PATIENCE = 10  # seconds that a worker may take to close its run
+AT_WORK = ".worker"  # in a job's folder while a process is at it: that process's number
+
+
+def prepare(config: DictConfig) -> None:
+    """Makes sure that the chosen launcher can start the sweep's jobs, and not more at once than there are cores.
+
+    Raises UserError where its plug-in isn't installed.
+    """
+    from omegaconf import open_dict, read_write
+
+    target = config.hydra.launcher._target_
+    plugin = re.match(r"hydra_plugins\.(hydra_(\w+)_launcher)\.", target)
+    if plugin and not _installed(f"hydra_plugins.{plugin[1]}"):
+        name, extra = config.hydra.runtime.choices["hydra/launcher"], plugin[2]
+        how = f"pip install 'hydra-{extra}-launcher>=1.2,<1.3'"
+        if extra == "ray":  # pip alone would put an older cloudpickle under the others
+            how = "make ray, then .venv-ray/bin/python -m src.run …"
+        raise UserError(f"hydra/launcher={name} needs the extra {extra}, which isn't installed: {how}")
+    if target.endswith(".LocalLauncher") and config.hydra.sweeper.get("max_batch_size", 0) is None:
+        with read_write(config), open_dict(config):  # submitit would start all of the sweep's jobs at once
+            config.hydra.sweeper.max_batch_size = _cores()
+
+
+def start(config: DictConfig) -> None:
+    """Starts Ray, where it is chosen, ahead of its launcher: Ray takes SIGTERM for itself, and here we take it back."""
+    from omegaconf import OmegaConf
+
+    if not config.hydra.launcher._target_.endswith(".RayLauncher"):
+        return
+    init: Any = OmegaConf.to_container(config.hydra.launcher.ray.init, resolve=True)
+    for key, value in (_RAY | (_OWN_RAY if init["address"] is None else {})).items():
+        os.environ.setdefault(key, value)  # read when Ray is imported
+    ours = signal.getsignal(signal.SIGTERM)
+    import_module("ray").init(**init)
+    signal.signal(signal.SIGTERM, ours)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # no plug-in at all
+        return False
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ignore_signals() -> None:
+    """From now on SIGINT and SIGTERM do nothing here, until other handlers are set."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN: Python complains where a signal is on its way already
+
+
+# --- in a worker --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Around a job in a worker: notes in the job's folder which process is at it.
+
+    A signal ends the block as it would in the only process, by a SystemExit, in time to close the run. The worker
+    stays: pools complain of one that goes, and there is no further job for it in a sweep that was ended.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_job)
+    if pool := sys.modules.get("joblib.externals.loky.process_executor"):
+        pool.__dict__["_MAX_MEMORY_LEAK_SIZE"] = math.inf  # else a worker that grows by 300 MB is replaced
+    write_text(folder / AT_WORK, str(os.getpid()))
+    try:
+        with suppress(SystemExit):
+            yield
+    finally:
+        (folder / AT_WORK).unlink(missing_ok=True)
+
+
+def _end_job(number: int, _: Any) -> None:
+    ignore_signals()  # a terminal's Ctrl-C comes twice: by itself, and from the sweep's process
+    sys.exit(128 + number)
+
+
+@contextmanager
+def in_one_piece(title: str) -> Iterator[None]:
+    """Prints what the block prints at its end, under the title, as other workers print, too; no progress bars."""
+    from tqdm import tqdm
+
+    console.alone = False
+    tqdm.set_lock(RLock())  # its own is for several processes, and a warning remains of it where one is ended
+    print(f"{title} …", flush=True)
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        if text := printed.getvalue():
+            print(f"\n{title}\n{text}", end="", flush=True)
+
+
+# --- in the sweep's own process -----------------------------------------------------------------------------
+
+
+def end(folders: Sequence[Path]) -> None:
+    """Ends the jobs in `folders` that descendants of this process are at; a process that takes over PATIENCE dies.
+
+    Jobs that a cluster runs are nobody's descendants here, and go on.
+    """
+    children = {child.pid: child for child in psutil.Process().children(recursive=True)}
+    busy = {folder: children[number] for folder in folders if (number := _process(folder)) in children}
+    for process in busy.values():
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    limit = time.monotonic() + PATIENCE
+    while busy and time.monotonic() < limit:
+        time.sleep(0.05)
+        busy = {folder: process for folder, process in busy.items() if process.is_running() and _process(folder)}
+    for process in busy.values():
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _process(folder: Path) -> int | None:
+    with suppress(OSError, ValueError):
+        return int((folder / AT_WORK).read_text(encoding="utf-8"))
+    return None
