@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,6 @@ from src import console, summary, tracking, workers
 from src.config import read_config, run_name
 from src.errors import UserError
 from src.files import write_text
-from src.overview import draw_overview
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
 from src.results import FAILED, SETTLED, outcome
 
@@ -265,6 +265,8 @@ def close() -> None:
     global _current, failures
     if _current is None:
         return
+    from src.overview import draw_overview  # it imports matplotlib, which --help needn't wait for
+
     sweep, _current = _current, None
     if sweep.search:
         sweep.search.close()
