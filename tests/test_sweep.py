@@ -155,6 +155,7 @@ def check_view_and_table(store: str, parent: Any, out: str) -> None:
     shown = MlflowClient(store).search_runs([parent.info.experiment_id], state["searchFilter"])
     assert len(shown) == 5
     table = Path(parent.info.artifact_uri) / "summary.json"
+    assert {file.name for file in (table.parent / "overview").iterdir()} == {"settings.png", "layers.png"}
     rows = json.loads(table.read_text())["data"]
     assert sorted(row[0] for row in rows) == ["r2 L1 infonce", "r2 L1 triplet", "r4 L1 infonce", "r4 L1 triplet"]
     for row in rows:  # each number is the one of its folder
