@@ -119,13 +119,15 @@ def encode_peft(model: Any, tokenizer: Any, words: Sequence[str], batch_size: in
 
 @contextmanager
 def cut_to(folder: Path, blocks: int) -> Iterator[Path]:
-    """A copy of the model that ends after its first blocks."""
+    """A copy of the model that ends after its first blocks, and has no chat template around every word."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as temporary:
         model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=blocks, dtype=torch.float32)
         model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(temporary)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = None  # sentence-transformers would put its 25 tokens around each word
+        tokenizer.save_pretrained(temporary)
         yield Path(temporary)
 
 

@@ -155,7 +155,8 @@ def encoding(repeats: int) -> None:
     words = [pair.source for pair in it.pairs] + [pair.target for pair in it.pairs]
     folder = packaged_folder(str(config.model.id))
     model, tokenizer = peers.peft_model(folder, LAYER_2)
-    sentence = peers.sentence_transformer(folder, final_norm=True)
+    with peers.cut_to(folder, it.loaded.n_layers) as whole:
+        sentence = peers.sentence_transformer(whole, final_norm=True)
 
     def ours() -> None:
         encode(it.loaded.model, tokenize(words, it.loaded.tokenizer))
