@@ -28,6 +28,7 @@ from src.config import TrackingConfig
 from src.errors import Pruned, UserError
 from src.files import digest, written_atomically
 from src.results import read_table
+from src.view import sweep_view
 
 # Set before mlflow is imported, where the user hasn't: no telemetry, no chatter, and minutes of retries cut short.
 _SETTINGS = {
@@ -40,6 +41,13 @@ _SETTINGS = {
 }
 _TABLES = ("layers.csv", "pairs.csv", "training.csv", "results.json")
 _SEARCHED = ("search.csv", "pruned.json")  # of a search's job
+_MODE = "workflowType=machine_learning"  # else the UI opens on what it has for chat applications
+_FIRST = (  # in this order before all other metrics: the UI lists them as they were logged, and compares by the first
+    "control/margin_gain",
+    "control/csls_p_at_1_before",
+    "control/csls_p_at_1_after",
+    "control/specificity_pvalue",
+)
 _MARK = "uploaded"  # tag: the digest of what was uploaded; set last, so it vouches for everything before it
 _PARAMS, _METRICS, _VALUE, _DIGEST = (
     100,
@@ -229,14 +237,8 @@ def sweep_link(
         chosen = f"tags.sweep = '{sweep}'"
         if not set(runs) <= set(_children(client, experiment, run_id)):
             chosen = f"attributes.run_id IN ({', '.join(repr(run) for run in (run_id, *runs))})"
-        where = f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
-        view = {
-            "selectedColumns": list(columns),
-            "orderByKey": order,
-            "orderByAsc": False,
-            "searchFilter": chosen,
-            "runsExpanded": {run_id: True},
-        }
+        where = f"/#/experiments/{experiment}/runs?{_MODE}"
+        view = sweep_view(run_id, chosen, columns, order)
         if _view_saved(client, experiment, run_id, f"sweep {sweep}", view):
             where += f"&viewStateShareKey={run_id}"
         else:
@@ -455,9 +457,10 @@ def _process_tags() -> dict[str, str]:
 
 
 def finish(run_id: str, uri: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-    """Closes a run. Raises TrackingError."""
+    """Closes a run; one that is closed so already keeps its end, and so its duration. Raises TrackingError."""
     with _client(uri) as client:
-        client.set_terminated(run_id, status)
+        if client.get_run(run_id).info.status != status:
+            client.set_terminated(run_id, status)
 
 
 def close_orphans(uri: str, experiment: str) -> int:
@@ -475,7 +478,7 @@ def run_link(uri: str, run_id: str) -> str:
     """Where a person finds the run: a URL, behind the command that opens the UI if the store is local."""
     with _client(uri) as client:
         experiment = client.get_run(run_id).info.experiment_id
-    return _in_ui(uri, f"/#/experiments/{experiment}/runs/{run_id}")
+    return _in_ui(uri, f"/#/experiments/{experiment}/runs/{run_id}?{_MODE}")
 
 
 def _in_ui(uri: str, fragment: str) -> str:
@@ -583,7 +586,7 @@ def _contents(folder: Path) -> str:
 
 
 def _scalars(results: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
-    for key, value in results.items():
+    for key, value in ({key: results[key] for key in _FIRST if key in results} | dict(results)).items():
         if "/" in key and isinstance(value, int | float) and not isinstance(value, bool):
             yield key, float(value), 0
 

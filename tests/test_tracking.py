@@ -158,7 +158,9 @@ def test_run_is_visible_at_once(uri: str) -> None:
     tracking.finish(run_id, uri, "FAILED")
     assert client(uri).get_run(run_id).info.status == "FAILED"
     experiment = run.info.experiment_id
-    assert tracking.run_link(uri, run_id).endswith(f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{run_id}")
+    assert tracking.run_link(uri, run_id).endswith(
+        f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+    )
 
 
 def test_upload_projects_the_whole_folder(uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -99,4 +99,5 @@ def track_through(server: str, tmp_path: Path) -> None:
     assert [
         path for path in (tmp_path / "mlruns" / "artifacts").rglob("adapter_model.safetensors") if "models" in str(path)
     ]
-    assert tracking.run_link(server, run_id) == f"{server}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    mode = "workflowType=machine_learning"
+    assert tracking.run_link(server, run_id) == f"{server}/#/experiments/{run.info.experiment_id}/runs/{run_id}?{mode}"
