@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_a_search_that_was_killed_goes_on_where_it_stood(cli: Cli, store: str, t
     killed = background(store, tmp_path, *arguments)
     try:
         wait_for(killed, tmp_path, "multirun/*/*/1/.hydra", 1)
+        killed.send_signal(signal.SIGSTOP)  # it must not get any further while the other command starts
         status, _, err = cli(*arguments)
         assert (status, err.count("\n")) == (2, 1) and "under way in another process" in err
     finally:
