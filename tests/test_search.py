@@ -106,7 +106,8 @@ def test_a_search_that_was_killed_goes_on_where_it_stood(cli: Cli, store: str, t
     assert told[2].params == told[1].params and told[3].params not in (told[0].params, told[1].params)
     parent, children = family(runs(store, tmp_path))
     assert (parent.info.run_id, parent.info.status) == (document["mlflow_run_id"], "FINISHED")
-    assert sorted(run.info.status for run in children) == ["FINISHED"] * 3 + ["KILLED"]
+    ended = [run.info.status for run in children]  # one more where the kill came after the second job's run was opened
+    assert ended.count("FINISHED") == 3 and ended.count("KILLED") == len(ended) - 3 <= 1
 
 
 def test_what_is_done_is_not_run_again(cli: Cli, tmp_path: Path) -> None:
