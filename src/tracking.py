@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote, urlparse
@@ -41,6 +42,7 @@ _SETTINGS = {
 }
 _TABLES = ("layers.csv", "pairs.csv", "training.csv", "results.json")
 _SEARCHED = ("search.csv", "pruned.json")  # of a search's job
+_PATIENCE = "10"  # seconds for an answer when a run begins; a server that is down refuses at once
 _MODE = "workflowType=machine_learning"  # else the UI opens on what it has for chat applications
 _FIRST = (  # in this order before all other metrics: the UI lists them as they were logged, and compares by the first
     "control/margin_gain",
@@ -298,13 +300,14 @@ def database(uri: str) -> Path | None:
 def check(uri: str, experiment: str) -> None:
     """Makes sure, before anything slow begins, that runs can be written to this store; creates a local one once.
 
-    Safe in many processes at once. Raises UserError in one line: a server that doesn't answer (within about 4 s), a
-    database that can't be written, is no MLflow's or another version's, a moved store, a deleted experiment.
+    Safe in many processes at once. Raises UserError in one line: a server that isn't there or stays mute, a database
+    that can't be written, is no MLflow's or another version's, a moved store, a deleted experiment.
     """
     file = database(uri)
     if file:
         _prepare(file)
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    # One retry, as the server may close an idle connection in the very moment in which a request goes out on it.
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": _PATIENCE}
     before = {name: os.environ.get(name) for name in patience}
     os.environ.update(patience)
     try:
@@ -344,7 +347,6 @@ def _prepare(file: Path) -> None:
     company nor a kill; refuses one that MLflow would try to migrate on the spot."""
     _settle()
     from mlflow.exceptions import MlflowException
-    from mlflow.store.db.utils import _get_latest_schema_revision
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -365,13 +367,20 @@ def _prepare(file: Path) -> None:
             f"tracking.uri: {file} can't be used as MLflow's database ({reason}); "
             "choose another file, move this one away, or run with tracking=off"
         ) from error
-    if revision != _get_latest_schema_revision():
+    if revision != _schema():
         raise UserError(
             f"tracking.uri: {file} belongs to another MLflow version, or its creation was cut off; "
             f"keep a copy, then run `mlflow db upgrade sqlite:///{file}`, or move it away"
         )
     if moved(f"sqlite:///{file}"):
         raise UserError(f"tracking.uri: {file} was moved; run `python -m src.sync --relocate --uri sqlite:///{file}`")
+
+
+@cache
+def _schema() -> str:
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    return _get_latest_schema_revision()  # it runs dozens of migration files, and a sweep asks before every job
 
 
 def _settle() -> None:
@@ -468,9 +477,11 @@ def close_orphans(uri: str, experiment: str) -> int:
     with _client(uri) as client:
         mine = f"attributes.status = 'RUNNING' AND tags.host = '{socket.gethostname()}'"
         runs = client.search_runs([_experiment(client, uri, experiment)], mine, max_results=1000)
-        orphans = [run for run in runs if not _alive(run.data.tags)]
-        for run in orphans:
-            client.set_terminated(run.info.run_id, "KILLED")
+        gone = [run.info.run_id for run in runs if not _alive(run.data.tags)]
+        # Asked again now that the process is known to be dead: one that ended in the meantime has closed its run.
+        orphans = [run_id for run_id in gone if client.get_run(run_id).info.status == "RUNNING"]
+        for run_id in orphans:
+            client.set_terminated(run_id, "KILLED")
     return len(orphans)
 
 

@@ -233,6 +233,27 @@ def test_orphans_are_closed(uri: str) -> None:
     assert status == {dead: "KILLED", mine: "RUNNING", elsewhere: "RUNNING", reused: "KILLED"}
 
 
+def test_a_run_that_ends_while_orphans_are_looked_for_keeps_its_end(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = begin(uri)
+
+    def ended_just_now(_: object) -> bool:  # its process, after the list of open runs was made
+        tracking.finish(run_id, uri, "FINISHED")
+        return False
+
+    monkeypatch.setattr(tracking, "_alive", ended_just_now)
+    assert tracking.close_orphans(uri, "tli") == 0
+    assert client(uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_finishing_again_leaves_the_end_alone(uri: str) -> None:
+    run_id = begin(uri)
+    tracking.finish(run_id, uri, "FINISHED")
+    ended = client(uri).get_run(run_id).info.end_time
+    time.sleep(0.01)
+    tracking.finish(run_id, uri, "FINISHED")
+    assert client(uri).get_run(run_id).info.end_time == ended
+
+
 def test_eight_processes_on_a_fresh_folder(tmp_path: Path) -> None:
     code = """
 import multiprocessing, sys
@@ -287,7 +308,8 @@ def test_absent_server_is_one_line_soon() -> None:
     assert time.monotonic() - began < 10 and "geheim" not in str(error.value)
 
 
-def test_silent_server_is_one_line_soon() -> None:
+def test_silent_server_is_one_line_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_PATIENCE", "2")
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
