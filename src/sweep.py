@@ -101,6 +101,7 @@ def begin(config: DictConfig) -> None:
             print("nothing to do: every job is done; sweep.force=true repeats them")
             raise SystemExit(0)
         earlier = None  # not interrupted: its pairs have changed since, or a folder was deleted
+    workers.start(config)
     document = {
         "id": sweep_id(planned.folder),
         "mlflow_run_id": None,
@@ -115,7 +116,6 @@ def begin(config: DictConfig) -> None:
     document["mlflow_run_id"] = _open_run(store, document, chosen, earlier)
     _current = Sweep(planned.folder, document, store)
     _write(_current)
-    workers.start(config)
 
 
 def _all_done(jobs: Sequence[Mapping[str, Any]]) -> bool:
