@@ -102,6 +102,7 @@ def begin(config: DictConfig) -> None:
         else:
             (Path(job["folder"]) / FAILED).unlink(missing_ok=True)
     earlier = None if planned.first.sweep.force else _interrupted(planned, search, store)
+    workers.start(config)
     document = {
         "id": sweep_id(planned.folder),
         "mlflow_run_id": None,
@@ -116,7 +117,6 @@ def begin(config: DictConfig) -> None:
     document["mlflow_run_id"] = _open_run(store, document, chosen, earlier)
     _current = Sweep(planned.folder, document, store, search)
     write()
-    workers.start(config)
 
 
 def _search(config: DictConfig) -> Search | None:

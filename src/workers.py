@@ -60,7 +60,10 @@ def prepare(config: DictConfig) -> None:
 
 
 def start(config: DictConfig) -> None:
-    """Starts Ray, where it is chosen, ahead of its launcher: Ray takes SIGTERM for itself, and here we take it back."""
+    """Starts Ray, where it is chosen, ahead of its launcher: Ray takes SIGTERM for itself, and here we take it back.
+
+    Raises UserError where Ray refuses its settings, or there is no cluster to join.
+    """
     from omegaconf import OmegaConf
 
     if not config.hydra.launcher._target_.endswith(".RayLauncher"):
@@ -68,8 +71,13 @@ def start(config: DictConfig) -> None:
     init: Any = OmegaConf.to_container(config.hydra.launcher.ray.init, resolve=True)
     for key, value in (_RAY | (_OWN_RAY if init["address"] is None else {})).items():
         os.environ.setdefault(key, value)  # read when Ray is imported
+    if init["address"] is not None:  # its workers were started long ago and elsewhere
+        init.setdefault("runtime_env", {"env_vars": {"PYTHONPATH": str(Path(__file__).parent.parent)}})
     ours = signal.getsignal(signal.SIGTERM)
-    import_module("ray").init(**init)
+    try:
+        import_module("ray").init(**init)
+    except (ConnectionError, ValueError, TypeError) as error:
+        raise UserError(f"hydra.launcher.ray.init: {error}") from error
     signal.signal(signal.SIGTERM, ours)
 
 
