@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import getpass
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -314,6 +315,9 @@ def check(uri: str, experiment: str) -> None:
         with _client(uri) as client:
             found = client.get_experiment_by_name(experiment)
     except TrackingError as error:
+        if "error code 401" in str(error):
+            names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            raise UserError(f"tracking.uri={public_uri(uri)} asks for a password: set {names}, or to others") from error
         hint = "choose another" if file else "start it (`python -m src.ui` starts one on port 5000)"
         raise UserError(f"tracking.uri={error}; {hint}, or run with tracking=off") from error
     finally:
@@ -429,6 +433,8 @@ def start(
     `git_commit` also becomes MLflow's own.
     """
     own = _process_tags() | {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    with suppress(OSError, KeyError, ImportError):  # a container's user may have no name
+        own["mlflow.user"] = getpass.getuser()
     if parent:
         own["mlflow.parentRunId"] = parent
     if commit := tags.get("git_commit"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +154,7 @@ def test_run_is_visible_at_once(uri: str) -> None:
     assert run.data.params.pop("tracking.uri") == "http://h"
     assert run.data.params == params
     assert run.data.tags["pid"] == str(os.getpid()) and run.data.tags["host"] == socket.gethostname()
+    assert run.data.tags["mlflow.user"] == getpass.getuser()
     assert run.data.tags["mlflow.source.git.commit"] == "c0ffee" and run.data.tags["mlflow.parentRunId"] == parent
     (entry,) = run.inputs.dataset_inputs
     assert (entry.dataset.name, entry.dataset.digest) == ("swa-eng", digest("words")[:36])
@@ -317,6 +321,25 @@ def test_silent_server_is_one_line_soon(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(UserError, match="no answer"):
             tracking.check(f"http://127.0.0.1:{mute.getsockname()[1]}", "tli")
     assert time.monotonic() - began < 10
+
+
+def test_a_server_that_asks_for_a_password_says_how_to_give_one() -> None:
+    class Guarded(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Guarded) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(UserError, match=r"asks for a password: set MLFLOW_TRACKING_USERNAME and"):
+                tracking.check(f"http://127.0.0.1:{server.server_port}", "tli")
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 # --- python -m src.sync -------------------------------------------------------------------------------------
