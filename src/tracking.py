@@ -288,6 +288,13 @@ def public_uri(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
 
 
+class Discreet(logging.Formatter):
+    """Formats run.log's lines, tracebacks included, without credentials: MLflow's messages hold the server's URI."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return public_uri(super().format(record))
+
+
 def database(uri: str) -> Path | None:
     """The file of a local store; None for a server."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
