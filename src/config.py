@@ -232,7 +232,7 @@ def read_config(composed: DictConfig) -> Config:
 
 
 def _refuse_unknown(values: Any, schema: type, prefix: str = "") -> None:
-    """Hydra lets `+lora.new=4` through in spite of the schema."""
+    """Hydra lets `+lora.new=4` and `[[a]]` for a list of texts through in spite of the schema."""
     types = get_type_hints(schema)
     for key, value in values.items():
         if key not in types:
@@ -241,6 +241,9 @@ def _refuse_unknown(values: Any, schema: type, prefix: str = "") -> None:
             if not isinstance(value, dict):  # `~lora`, or a reference
                 raise UserError(f"{prefix}{key}={value}: {key} is a group; choose {_options(key)}")
             _refuse_unknown(value, types[key], f"{prefix}{key}.")
+        names = value if types[key] == list[str] and isinstance(value, list) else []
+        if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
+            raise UserError(f"{prefix}{key}={value}: {wrong[0]!r} is no name; give a flat list of names, as [a,b]")
 
 
 def validate(config: Config) -> None:
@@ -256,7 +259,8 @@ def validate(config: Config) -> None:
             raise UserError(f"{key}={value}: must be {'at least' if inclusive else 'above'} {least:g}{_up_to(most)}")
     _check_texts(asdict(config))
     for key in ("lora.target_modules", "eval.measures"):
-        _check_names(key, _get(config, key))
+        if len(set(names := _get(config, key))) != len(names):
+            raise UserError(f"{key}={names}: holds a name twice")
     _check_eval(config.eval)
     _check_sources(config)
     _check_layers(config, known_depth(config.model))
@@ -278,14 +282,6 @@ def _check_texts(values: Mapping[str, Any], prefix: str = "") -> None:
             _check_texts(value, f"{prefix}{key}.")
         elif isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
             raise UserError(f"{prefix}{key}={value!a}: holds a character that no text has; give it in UTF-8")
-
-
-def _check_names(key: str, names: Sequence[Any]) -> None:
-    """OmegaConf lets a list through where a list of texts is declared."""
-    if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
-        raise UserError(f"{key}={list(names)}: {wrong[0]!r} is no name; give a flat list of names, as [a,b]")
-    if len(set(names)) != len(names):
-        raise UserError(f"{key}={list(names)}: holds a name twice")
 
 
 def _check_language(key: str, name: str | None) -> None:

@@ -19,6 +19,8 @@ from src.errors import UserError
 
 DICTD = Path("/usr/share/dictd")  # where Debian's dict-freedict-* packages put their files
 
+MOST_COLUMNS = 1000  # a header with more is no header
+
 # Control characters, soft hyphens, zero-width spaces, fillers, marks that reorder text and tag characters: nobody sees
 # them, and a tokenizer does. The joiners U+200C and U+200D are spelling in Arabic's and India's scripts, so only there
 # kept.
@@ -127,7 +129,7 @@ def _table(
     first = next(rows, None)
     if first is None:
         return
-    names = [clean(cell).casefold() for cell in first[1]]
+    names = [clean(cell).casefold() for cell in first[1][:MOST_COLUMNS]]
     wanted = [clean(column).casefold() for column in columns]
     if all(column in names for column in wanted):
         if twice := [column for column in wanted if names.count(column) > 1]:
@@ -143,8 +145,8 @@ def _table(
     for line, cells in rows:
         if max(left, right) >= len(cells):
             raise UserError(f"{path}, line {line}: has {len(cells)} of {max(left, right) + 1} columns")
-        if any(cell.strip() for cell in cells[len(names) :]):  # else an unquoted comma would cut a translation short
-            raise UserError(f"{path}, line {line}: has {len(cells)} columns where the first line has {len(names)}")
+        if any(cell.strip() for cell in cells[len(first[1]) :]):  # else an unquoted comma would cut a translation short
+            raise UserError(f"{path}, line {line}: has {len(cells)} columns where the first line has {len(first[1])}")
         yield Row(line, cells[left], cells[right])
 
 

@@ -632,8 +632,14 @@ def _table(layers: Sequence[Mapping[str, str]]) -> dict[str, list[Any]]:
     }
 
 
+def _inside(file: Path, folder: Path) -> bool:
+    return file.resolve().is_relative_to(folder.resolve())
+
+
 def _upload_files(client: Any, run_id: str, folder: Path, layers: Sequence[Mapping[str, str]]) -> None:
     for name in ("plots", "adapter"):
+        if strange := [file for file in (folder / name).rglob("*") if not _inside(file, folder)]:
+            raise OSError(f"{strange[0]} links to a file outside the job's folder: not uploaded")
         if (folder / name).is_dir():
             client.log_artifacts(run_id, str(folder / name), name)
     with tempfile.TemporaryDirectory() as temporary:
