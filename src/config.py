@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from src.layers import Layer
 
 ROOT = Path(__file__).parent.parent
+LONGEST_NAME = 200  # of an MLflow experiment, whose artifacts lie in a folder of that name
 
 
 @dataclass
@@ -143,8 +145,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracking.backend": ("local", "server", "off"),
 }
 
-# key: (least, most, whether the least itself is allowed)
+# key: (least, most, whether the least itself is allowed); infinity itself is never allowed
 RANGES: dict[str, tuple[float, float, bool]] = {
+    "model.n_layers": (1, 10_000, True),
     "lora.rank": (1, 4096, True),
     "lora.alpha": (0, math.inf, False),
     "lora.dropout": (0, 0.99, True),
@@ -153,8 +156,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "dataset.limit": (4, math.inf, True),
     "objective.margin": (0, 2, False),
     "objective.temperature": (0, math.inf, False),
-    "train.epochs": (0, math.inf, True),
-    "train.batch_size": (2, math.inf, True),
+    "train.epochs": (0, 1_000_000, True),
+    "train.batch_size": (2, 1_000_000, True),
     "train.learning_rate": (0, math.inf, False),
     "train.warmup": (0, 1, True),
     "train.seed": (0, 2**32 - 1, True),
@@ -180,28 +183,67 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
+def refuse_odd_options(words: Sequence[str]) -> None:
+    """Refuses `lora=4` and `model=[a,b]` on the command line, at which Hydra breaks off without naming the key.
+
+    Raises UserError naming the key. What Hydra itself refuses well, or what is no override, is left to it.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
+    for word in words:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([word])
+            value = override.value()
+        except (HydraException, ValueError):
+            continue
+        key = override.key_or_group
+        if not key:
+            raise UserError(f"{word}: names no key; write key=value")
+        several = key == "experiment" and isinstance(value, list) and all(isinstance(each, str) for each in value)
+        fitting = isinstance(value, str) or several or override.is_delete() or override.is_sweep_override()
+        if key in groups and not fitting:
+            raise UserError(f"{word}: {key} is a group; choose {_options(key)}")
+
+
+def _options(group: str) -> str:
+    options = sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml"))
+    return f"one of {', '.join(options)}" if options else f"single keys, as {group}.key=value"
+
+
 def read_config(composed: DictConfig) -> Config:
     """The validated config of one job, out of what Hydra composed. Raises UserError naming the key."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     _refuse_unknown(OmegaConf.to_container(composed), Config)
-    missing = OmegaConf.missing_keys(composed)
-    if missing:
-        raise UserError(f"{min(missing)} has no value: give one, as {min(missing)}=…")
-    config = OmegaConf.to_object(composed)
+    try:
+        missing = OmegaConf.missing_keys(composed)
+        if missing:
+            raise UserError(f"{min(missing)} has no value: give one, as {min(missing)}=…")
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:  # an interpolation; its message alone doesn't say whose
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{error.full_key}: {reason}; write the value itself, or mend what it refers to") from error
     assert isinstance(config, Config)
     validate(config)
     return config
 
 
 def _refuse_unknown(values: Any, schema: type, prefix: str = "") -> None:
-    """Hydra lets `+lora.new=4` through in spite of the schema."""
+    """Hydra lets `+lora.new=4` and `[[a]]` for a list of texts through in spite of the schema."""
     types = get_type_hints(schema)
     for key, value in values.items():
         if key not in types:
             raise UserError(f"{prefix}{key} is no key of this project: known are {', '.join(sorted(types))}")
         if is_dataclass(types[key]) and isinstance(types[key], type):
+            if not isinstance(value, dict):  # `~lora`, or a reference
+                raise UserError(f"{prefix}{key}={value}: {key} is a group; choose {_options(key)}")
             _refuse_unknown(value, types[key], f"{prefix}{key}.")
+        names = value if types[key] == list[str] and isinstance(value, list) else []
+        if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
+            raise UserError(f"{prefix}{key}={value}: {wrong[0]!r} is no name; give a flat list of names, as [a,b]")
 
 
 def validate(config: Config) -> None:
@@ -211,20 +253,41 @@ def validate(config: Config) -> None:
             raise UserError(f"{key}={value}: must be one of {', '.join(choices)}")
     for key, (least, most, inclusive) in RANGES.items():
         value = _get(config, key)
+        if value == math.inf:
+            raise UserError(f"{key}=inf: must be finite")
         if value is not None and not (least <= value <= most if inclusive else least < value <= most):
             raise UserError(f"{key}={value}: must be {'at least' if inclusive else 'above'} {least:g}{_up_to(most)}")
+    _check_texts(asdict(config))
+    for key in ("lora.target_modules", "eval.measures"):
+        if len(set(names := _get(config, key))) != len(names):
+            raise UserError(f"{key}={names}: holds a name twice")
     _check_eval(config.eval)
     _check_sources(config)
     _check_layers(config, known_depth(config.model))
 
 
 def _up_to(most: float) -> str:
-    return "" if math.isinf(most) else f" and at most {most:g}"
+    return "" if math.isinf(most) else f" and at most {most:.10g}"
 
 
 def _get(config: Config, key: str) -> Any:
     group, name = key.split(".")
     return getattr(getattr(config, group), name)
+
+
+def _check_texts(values: Mapping[str, Any], prefix: str = "") -> None:
+    """A command line may hold bytes that no text has; results.json couldn't be written with them."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_texts(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
+            raise UserError(f"{prefix}{key}={value!a}: holds a character that no text has; give it in UTF-8")
+
+
+def _check_language(key: str, name: str | None) -> None:
+    """A language's name becomes part of a metric's and of a file's."""
+    if name is not None and not re.fullmatch(r"[^\W_][\w -]*", name):
+        raise UserError(f"{key}: {name!r} can't name a language; give letters, digits, spaces and hyphens alone")
 
 
 def _check_eval(config: EvalConfig) -> None:
@@ -236,12 +299,23 @@ def _check_eval(config: EvalConfig) -> None:
     if unknown:
         raise UserError(f"eval.measures: {unknown[0]} is none of {', '.join(MEASURES)}")
     for language, path in config.text.items():
-        if not Path(path).is_file():
+        _check_language(f"eval.text.{language}", language)
+        try:
+            there = Path(path).is_file()
+        except OSError:  # too long a name, for one
+            there = False
+        if not there:
             raise UserError(f"eval.text.{language}={path}: there is no such file")
 
 
 def _check_sources(config: Config) -> None:
     model, lora = config.model, config.lora
+    for key in ("dataset.source_language", "dataset.target_language"):
+        _check_language(key, _get(config, key))
+    try:
+        Path(model.id or "").is_dir()
+    except OSError as error:  # too long a name, for one
+        raise UserError(f"model.id={str(model.id)[:80]}…: can't be a folder or a hub id ({error.strerror})") from error
     if model.source == "hub" and not model.id:
         raise UserError("model.id has no value: give a hub id or a local folder, as model.id=Qwen/Qwen3-0.6B")
     if config.dataset.source == "file" and not config.dataset.path:
@@ -256,8 +330,10 @@ def _check_sources(config: Config) -> None:
         )
     if config.tracking.backend == "server" and not config.tracking.uri:
         raise UserError("tracking.uri has no value: give the server's address, as tracking.uri=http://127.0.0.1:5000")
-    if not config.tracking.experiment.strip() or "/" in config.tracking.experiment.strip("/"):
-        raise UserError(f"tracking.experiment={config.tracking.experiment!r}: must be a plain name")
+    name = config.tracking.experiment.strip().strip("/")
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name) > LONGEST_NAME:
+        shown = config.tracking.experiment[:80]
+        raise UserError(f"tracking.experiment={shown!r}: must be a plain name of up to {LONGEST_NAME} characters")
 
 
 # --- layers, by the convention of src/layers.py -------------------------------------------------------------

@@ -8,14 +8,26 @@ import gzip
 import io
 import json
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from src.errors import UserError
 
 DICTD = Path("/usr/share/dictd")  # where Debian's dict-freedict-* packages put their files
+
+MOST_COLUMNS = 1000  # a header with more is no header
+
+# Control characters, soft hyphens, zero-width spaces, fillers, marks that reorder text and tag characters: nobody sees
+# them, and a tokenizer does. The joiners U+200C and U+200D are spelling in Arabic's and India's scripts, so only there
+# kept.
+_INVISIBLE = re.compile(
+    r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb"
+    r"\U000e0000-\U000e007f]|(?<![\u0600-\u1cff])[\u200c\u200d]"
+)
 
 
 class Row(NamedTuple):
@@ -24,6 +36,11 @@ class Row(NamedTuple):
     line: int
     source: str
     target: str
+
+
+def clean(text: str) -> str:
+    """A word in NFC without invisible characters, and with single spaces inside only."""
+    return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
 
 
 def read_rows(path: Path, source_column: str | None, target_column: str | None) -> Iterator[Row]:
@@ -35,6 +52,8 @@ def read_rows(path: Path, source_column: str | None, target_column: str | None) 
     """
     columns = (source_column or "source", target_column or "target")
     chosen = source_column is not None or target_column is not None
+    if columns[0] == columns[1]:
+        raise UserError(f"dataset.source_column and dataset.target_column are both {columns[0]!r}: name two columns")
     match path.suffix.lower():
         case ".tsv":
             yield from _table(path, _tab_separated(_text(path)), columns, header_required=chosen)
@@ -43,17 +62,19 @@ def read_rows(path: Path, source_column: str | None, target_column: str | None) 
         case ".jsonl":
             yield from _json_lines(path, _text(path), columns)
         case ".txt":
+            if chosen:
+                raise UserError(f"{path}: a .txt has no columns to choose; save it as .tsv, or name none")
             yield from _muse(path, _text(path))
         case other:
             raise UserError(f"{path}: can't tell the format from {other!r}; name it .tsv, .csv, .jsonl or .txt")
 
 
 def _text(path: Path) -> str:
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check dataset.path")
-    if not path.is_file():
-        raise UserError(f"{path}: not a file but a {'folder' if path.is_dir() else 'device'}; check dataset.path")
     try:
+        if not path.exists():
+            raise UserError(f"{path}: no such file; check dataset.path")
+        if not path.is_file():
+            raise UserError(f"{path}: not a file but a {'folder' if path.is_dir() else 'device'}; check dataset.path")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
@@ -75,7 +96,7 @@ def _text(path: Path) -> str:
 
 
 def _line(before: str) -> int:
-    return before.count("\n") + 1
+    return len(re.findall(r"\r\n?|\n", before)) + 1
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -108,30 +129,25 @@ def _table(
     first = next(rows, None)
     if first is None:
         return
-    names = [cell.strip().casefold() for cell in first[1]]
-    if all(column.strip().casefold() in names for column in columns):
-        left, right = (names.index(column.strip().casefold()) for column in columns)
+    names = [clean(cell).casefold() for cell in first[1][:MOST_COLUMNS]]
+    wanted = [clean(column).casefold() for column in columns]
+    if all(column in names for column in wanted):
+        if twice := [column for column in wanted if names.count(column) > 1]:
+            raise UserError(f"{path}, line {first[0]}: has two columns {twice[0]}; rename one")
+        left, right = (names.index(column) for column in wanted)
     elif header_required:
         raise _no_columns(path, columns, first[1])
     else:
         left, right = 0, 1
-        rows = _two_columns(path, first, rows)
+        if len(names) > 2:
+            raise _no_columns(path, columns, first[1])
+        rows = chain([first], rows)
     for line, cells in rows:
         if max(left, right) >= len(cells):
             raise UserError(f"{path}, line {line}: has {len(cells)} of {max(left, right) + 1} columns")
+        if any(cell.strip() for cell in cells[len(first[1]) :]):  # else an unquoted comma would cut a translation short
+            raise UserError(f"{path}, line {line}: has {len(cells)} columns where the first line has {len(first[1])}")
         yield Row(line, cells[left], cells[right])
-
-
-def _two_columns(
-    path: Path, first: tuple[int, list[str]], rows: Iterator[tuple[int, list[str]]]
-) -> Iterator[tuple[int, list[str]]]:
-    if len(first[1]) > 2:
-        raise _no_columns(path, ("source", "target"), first[1])
-    yield first
-    for line, cells in rows:
-        if len(cells) > 2:
-            raise UserError(f"{path}, line {line}: has {len(cells)} columns where the first line has 2")
-        yield line, cells
 
 
 def _no_columns(where: object, columns: tuple[str, str], found: list[str]) -> UserError:
@@ -146,9 +162,10 @@ def _json_lines(path: Path, text: str, columns: tuple[str, str]) -> Iterator[Row
     for number, line in _lines(text):
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON; wants one object a line") from error
+            reason = f" ({error})" if type(error) is ValueError else ""
+            raise UserError(f"{where}: not JSON{reason}; wants one object a line") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: wants an object such as {{{columns[0]!r}: …, {columns[1]!r}: …}}")
         if not all(column in row for column in columns):
@@ -159,6 +176,14 @@ def _json_lines(path: Path, text: str, columns: tuple[str, str]) -> Iterator[Row
             raise UserError(f"{where}: {columns[0]} must be text, and {columns[1]} text or a list of texts")
         for target in targets or [""]:
             yield Row(number, source, target)
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses a key given twice, of which json would drop one."""
+    found = dict(members)
+    if len(found) < len(members):
+        raise ValueError("a key stands there twice")
+    return found
 
 
 def _muse(path: Path, text: str) -> Iterator[Row]:
@@ -176,7 +201,7 @@ def _muse(path: Path, text: str) -> Iterator[Row]:
 _NOTES = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|<[^<>]*>")  # "(of a tree)", "[mus]", "<n, masc>"
 _INFLECTED = re.compile(r"<[^<>]*\b(infl|cop|agr)\b")  # forms of a word that has its own entry
 _NO_TRANSLATION = re.compile(r"[A-Za-z ]+:(\s|$)|Plural of\b|Inflection of\b|see\b.*\{")  # "Synonyms: {…}"
-_UNUSABLE = re.compile(r"[(){}\[\]<>\"/=|:\d]|\.\.|…|\bsth\b|\bsb\b|\betc\b|^-|-$")
+_UNUSABLE = re.compile(r"[(){}\[\]<>\"/=|:\d]|\.\.|…|\ufffd|\bsth\b|\bsb\b|\betc\b|^-|-$")
 
 
 def freedict_index(pair: str | None, path: str | None) -> Path:

@@ -170,6 +170,7 @@ def _from_folder(
             f"model.id={config.id}: holds no safetensors, and other weights can run code when loaded; "
             "convert them, or set model.safetensors_only=false"
         )
+    _refuse_foreign_weights(folder, config)
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **common)
@@ -185,6 +186,20 @@ def _from_folder(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.id={config.id}: can't be loaded: {_first_line(error)}") from error
     return model, tokenizer
+
+
+def _refuse_foreign_weights(folder: Path, config: ModelConfig) -> None:
+    """A folder's weights are its own safetensors: neither an adapter's base elsewhere nor what an index points out to."""
+    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, wherever that is
+        raise UserError(f"model.id={config.id}: holds an adapter; merge it into its base, or give the base model")
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else []
+        strange = [name for name in names if not re.fullmatch(r"[^/\\]+\.safetensors", name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model.id={config.id}: its {index.name} can't be read; get the model anew") from error
+    if strange:
+        raise UserError(f"model.id={config.id}: its {index.name} names {strange[0]!r}, no safetensors of this folder")
 
 
 def _first_line(error: Exception) -> str:

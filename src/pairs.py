@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from src import files
-from src.dictionaries import Row, freedict_index, freedict_pairs, read_rows
+from src.dictionaries import Row, clean, freedict_index, freedict_pairs, read_rows
 from src.errors import UserError
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
@@ -22,13 +22,6 @@ with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU m
 
 BUILT_IN = Path(__file__).resolve().parents[1] / "data" / "swahili_english.tsv"
 LONGEST_WORD = 1000  # characters; anything longer is a file in the wrong format
-
-# Control characters, soft hyphens, zero-width spaces, marks that reorder text and tag characters: nobody sees them,
-# and a tokenizer does. The joiners U+200C and U+200D are spelling in Arabic's and India's scripts, so only there kept.
-_INVISIBLE = re.compile(
-    r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
-    r"\U000e0000-\U000e007f]|(?<![\u0600-\u1cff])[\u200c\u200d]"
-)
 
 _LANGUAGES = {
     "afr": "Afrikaans", "ara": "Arabic", "bre": "Breton", "ces": "Czech", "ckb": "Central Kurdish", "cym": "Welsh",
@@ -85,6 +78,13 @@ def read_pairs(
 
     `builtin` is the list in data/, `freedict` the dictionary `pair` or the index at `path`, `file` the list at `path`
     with these columns. UserError names the file and line, or the key, that needs mending.
+
+    What a list may hold, and what becomes of it: UTF-8, or UTF-16 with its mark; any line ends; empty lines are
+    skipped. Words come in NFC, without invisible characters (control, zero-width and direction marks, soft hyphens; but
+    with the joiners where they are spelling), inner whitespace as single spaces. A pair listed twice counts once; a
+    word's several translations are all right ones; upper case, emoji and formulas are text like any other. Refused:
+    other encodings, binary data, empty cells, cells beyond the header, columns or keys named twice, letters that an
+    earlier conversion lost (U+FFFD), more than LONGEST_WORD characters.
     """
     if limit is not None and limit < 1:
         raise UserError(f"dataset.limit={limit}: must be at least 1, or null for all pairs")
@@ -113,11 +113,6 @@ def read_pairs(
         origin=origin,
         digest=files.digest(*(word for pair in pairs for word in (pair.source, pair.target))),
     )
-
-
-def clean(text: str) -> str:
-    """A word in NFC without invisible characters, and with single spaces inside only."""
-    return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
 
 
 def split(lexicon: Lexicon, *, control_size: int, seed: int) -> Split:
@@ -176,6 +171,8 @@ def _cleaned(rows: Iterable[Row], origin: str) -> list[Pair]:
                 raise UserError(f"{where}: the {side} has {len(word)} characters, more than a word ({LONGEST_WORD})")
             if re.search(r"[\ud800-\udfff]", word):
                 raise UserError(f"{where}: the {side} holds half of a surrogate pair; write the character itself")
+            if re.search(r"[\ufffd-\uffff]", word):
+                raise UserError(f"{where}: the {side} has lost a letter (U+FFFD stands there); convert the file anew")
         pair = Pair(clean(row.source), clean(row.target))
         if not pair.source or not pair.target:
             raise UserError(f"{where}: the {'target' if pair.source else 'source'} is empty; fill it or drop the line")

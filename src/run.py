@@ -17,8 +17,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from src import console
-from src.config import Config, read_config, register
+from src.config import Config, read_config, refuse_odd_options, register
 from src.errors import Pruned, UserError
+from src.files import write_text
+from src.tracking import public_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -107,11 +109,20 @@ def job(composed: DictConfig) -> None:
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
+    _without_credentials(folder / ".hydra")
     if settings.mode == RunMode.MULTIRUN:
         os.chdir(settings.runtime.cwd)  # a cluster may have started its worker elsewhere
         _job_of_sweep(composed, folder, Path(settings.sweep.dir), settings.job.num)
     elif error := _attempt(composed, folder):
         _errors.append((folder, error))
+
+
+def _without_credentials(written: Path) -> None:
+    """Takes passwords out of the settings that Hydra has written down: folders are shared."""
+    for file in written.glob("*.yaml"):
+        text = file.read_text(encoding="utf-8")
+        if (shown := public_uri(text)) != text:
+            write_text(file, shown)
 
 
 def _job_of_sweep(composed: DictConfig, folder: Path, swept: Path, number: int) -> None:
@@ -154,8 +165,9 @@ def _attempt(composed: DictConfig, folder: Path, planned: Mapping[str, Any] | No
     except Pruned as pruned:
         print(f"pruned: {pruned}")
     except Exception as error:
-        log.error("%s", error, exc_info=not isinstance(error, UserError))
+        log.error("%s", error, exc_info=error)
         results.record_failure(folder, error)
+        _print_traceback(error)
         return error
     return None
 
@@ -176,10 +188,14 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # else `a=1 -m b=2` fails
+    if "--debug" in sys.argv:
+        os.environ["TLI_DEBUG"] = "1"  # workers have it from there
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # else `a=1 -m b=2` fails
     register()
     sweep.failures = 0
     try:
+        refuse_odd_options(words)
         hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
     except KeyboardInterrupt:
         console.fail("interrupted")
@@ -210,25 +226,33 @@ def _interrupted(number: int, _: Any) -> None:
 
 
 def _report(error: Exception, folder: Path | None) -> int:
-    """One line on stderr; the traceback as well where TLI_DEBUG asks for it."""
-    if os.environ.get("TLI_DEBUG"):
-        traceback.print_exception(error)
+    """One line on stderr; the traceback as well where --debug or TLI_DEBUG asks for it."""
+    if folder is None:  # else the job has printed it
+        _print_traceback(error)
     if isinstance(error, UserError):
-        console.fail(str(error))
+        console.fail(public_uri(str(error)))
         return 2
     if folder is None and type(error).__module__.startswith(("hydra.", "omegaconf.")):
-        console.fail(_hydra_line(error))
+        console.fail(public_uri(_hydra_line(error)))
         return 2
-    where = f"; {folder}/run.log has the traceback" if folder else ""
-    console.fail(f"the job failed: {type(error).__name__}: {error}{where}")
+    where = f"; {folder}/run.log has the traceback" if folder else "; --debug shows the traceback"
+    console.fail(public_uri(f"the job failed: {type(error).__name__}: {error}{where}"))
     return 1
 
 
+def _print_traceback(error: Exception) -> None:
+    if os.environ.get("TLI_DEBUG"):
+        print(public_uri("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
 def _hydra_line(error: BaseException) -> str:
-    """The telling lines of Hydra's message and of its cause."""
+    """The telling lines of Hydra's message and of its cause, led by the override that they are about."""
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
     noise = ("full_key:", "object_type=", "reference_type=", "See https:", "Set the env", "Config search", "provider=")
-    return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    said = dict.fromkeys(line for line in lines if len(line) > 1 and not line.startswith((*noise, "Lexer")))
+    if override := getattr(error, "override", None):
+        return "; ".join([f"{override}: can't be read as key=value", *(line for line in said if override not in line)])
+    return "; ".join(said)
 
 
 if __name__ == "__main__":

@@ -293,6 +293,13 @@ def public_uri(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
 
 
+class Discreet(logging.Formatter):
+    """Formats run.log's lines, tracebacks included, without credentials: MLflow's messages hold the server's URI."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return public_uri(super().format(record))
+
+
 def database(uri: str) -> Path | None:
     """The file of a local store; None for a server."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
@@ -645,8 +652,14 @@ def _table(layers: Sequence[Mapping[str, str]]) -> dict[str, list[Any]]:
     }
 
 
+def _inside(file: Path, folder: Path) -> bool:
+    return file.resolve().is_relative_to(folder.resolve())
+
+
 def _upload_files(client: Any, run_id: str, folder: Path, layers: Sequence[Mapping[str, str]]) -> None:
     for name in ("plots", "adapter"):
+        if strange := [file for file in (folder / name).rglob("*") if not _inside(file, folder)]:
+            raise OSError(f"{strange[0]} links to a file outside the job's folder: not uploaded")
         if (folder / name).is_dir():
             client.log_artifacts(run_id, str(folder / name), name)
     with tempfile.TemporaryDirectory() as temporary:
