@@ -189,7 +189,7 @@ def _from_folder(
 
 
 def _refuse_foreign_weights(folder: Path, config: ModelConfig) -> None:
-    """A folder's weights are its own safetensors: neither an adapter's base elsewhere nor what an index points out to."""
+    """A folder's weights are its own safetensors: no adapter's base elsewhere, no file that an index points out to."""
     if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, wherever that is
         raise UserError(f"model.id={config.id}: holds an adapter; merge it into its base, or give the base model")
     index = folder / "model.safetensors.index.json"
