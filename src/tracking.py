@@ -448,18 +448,24 @@ def start(
         own["mlflow.source.git.commit"] = commit
     with _client(uri) as client:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+        from mlflow.exceptions import MlflowException
 
         shown = {key: _short(value) for key, value in (dict(tags) | own).items()}
-        run_id = client.create_run(_experiment(client, uri, experiment), tags=shown, run_name=name).info.run_id
         entries = [Param(key[:250], _short(public_uri(value))) for key, value in params.items()]
-        for first in range(0, len(entries), _PARAMS):
-            client.log_batch(run_id, params=entries[first : first + _PARAMS])
-        if dataset:
-            source = json.dumps({"uri": public_uri(dataset["source"])})
-            entity = Dataset(
-                dataset["name"], dataset["digest"][:_DIGEST], "local", source, profile=json.dumps(dict(dataset))
-            )
-            _log_input(client, run_id, DatasetInput(entity, [InputTag("mlflow.data.context", "training")]))
+        run_id = client.create_run(_experiment(client, uri, experiment), tags=shown, run_name=name).info.run_id
+        try:
+            for first in range(0, len(entries), _PARAMS):
+                client.log_batch(run_id, params=entries[first : first + _PARAMS])
+            if dataset:
+                source = json.dumps({"uri": public_uri(dataset["source"])})
+                entity = Dataset(
+                    dataset["name"], dataset["digest"][:_DIGEST], "local", source, profile=json.dumps(dict(dataset))
+                )
+                _log_input(client, run_id, DatasetInput(entity, [InputTag("mlflow.data.context", "training")]))
+        except BaseException as error:  # nobody else knows the run yet
+            with suppress(MlflowException):
+                client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
     return run_id
 
 

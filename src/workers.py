@@ -162,6 +162,7 @@ def end(folders: Sequence[Path]) -> None:
     for process in busy.values():
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(list(busy.values()), timeout=PATIENCE)  # only a run whose process is gone is closed for it
 
 
 def _process(folder: Path) -> int | None:

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -211,7 +212,13 @@ def test_a_failed_job_on_slurm_stops_no_other(start: Callable[..., Command], sto
 @pytest.mark.skipif(not RAY.exists(), reason="no .venv-ray: make ray")
 def test_ray_keeps_its_workers_and_to_this_machine(start: Callable[..., Command], store: str, tmp_path: Path) -> None:
     arguments = ("hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=2", "lora.rank=1,2,3")
-    sweep = start(*arguments, python=str(RAY))
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: sockets lie in it
+        own = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": uuid.uuid4().hex + uuid.uuid4().hex}
+        sweep = start(*arguments, python=str(RAY), environment=os.environ | own)
+        check_ray(sweep, store, tmp_path)
+
+
+def check_ray(sweep: Command, store: str, tmp_path: Path) -> None:
     sweep.wait_until(lambda: sweep.open_jobs() > 0)
     sockets = [one for process in sweep.processes() for one in process.net_connections() if one.status == "LISTEN"]
     assert sockets and {one.laddr.ip.removeprefix("::ffff:") for one in sockets} == {"127.0.0.1"}
