@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -183,13 +184,15 @@ def _from_folder(
             device_map=config.device_map or device,
             **common,
         )
+    except UnpicklingError as error:  # torch says how to run it all the same; we don't
+        raise UserError(f"model.id={config.id}: its weights are a pickle that wants to run code: not loaded") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.id={config.id}: can't be loaded: {_first_line(error)}") from error
     return model, tokenizer
 
 
 def _refuse_foreign_weights(folder: Path, config: ModelConfig) -> None:
-    """A folder's weights are its own safetensors: no adapter's base elsewhere, no file that an index points out to."""
+    """A folder's weights are its own safetensors, not an adapter's base elsewhere nor what an index points to."""
     if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, wherever that is
         raise UserError(f"model.id={config.id}: holds an adapter; merge it into its base, or give the base model")
     index = folder / "model.safetensors.index.json"

@@ -109,7 +109,7 @@ def job(composed: DictConfig) -> None:
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
-    _without_credentials(folder / ".hydra")
+    _without_credentials(*(folder / ".hydra").glob("*.yaml"), Path(settings.sweep.dir) / "multirun.yaml")
     if settings.mode == RunMode.MULTIRUN:
         os.chdir(settings.runtime.cwd)  # a cluster may have started its worker elsewhere
         _job_of_sweep(composed, folder, Path(settings.sweep.dir), settings.job.num)
@@ -117,10 +117,10 @@ def job(composed: DictConfig) -> None:
         _errors.append((folder, error))
 
 
-def _without_credentials(written: Path) -> None:
+def _without_credentials(*written: Path) -> None:
     """Takes passwords out of the settings that Hydra has written down: folders are shared."""
-    for file in written.glob("*.yaml"):
-        text = file.read_text(encoding="utf-8")
+    for file in written:
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
         if (shown := public_uri(text)) != text:
             write_text(file, shown)
 
