@@ -30,7 +30,7 @@ from src.config import TrackingConfig
 from src.errors import Pruned, UserError
 from src.files import digest, written_atomically
 from src.results import read_table
-from src.view import sweep_view
+from src.view import GREY, colour, sweep_view
 
 # Set before mlflow is imported, where the user hasn't: no telemetry, no chatter, and minutes of retries cut short.
 _SETTINGS = {
@@ -237,8 +237,11 @@ def sweep_link(
     """
     with _warned("no link to the sweep"), _client(store.uri) as client:
         experiment = client.get_run(run_id).info.experiment_id
+        own = set(_children(client, experiment, run_id))
+        for run, shade in [(run_id, GREY), *((run, colour(number)) for number, run in enumerate(runs) if run in own)]:
+            client.set_tag(run, "mlflow.runColor", shade)
         chosen = f"tags.sweep = '{sweep}'"
-        if not set(runs) <= set(_children(client, experiment, run_id)):
+        if not set(runs) <= own:
             chosen = f"attributes.run_id IN ({', '.join(repr(run) for run in (run_id, *runs))})"
         where = f"/#/experiments/{experiment}/runs?{_MODE}"
         view = sweep_view(run_id, chosen, columns, order)

@@ -10,7 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 _LAYER_CHARTS = ("csls_p_at_1", "margin", "pair_cosine")  # of unseen words after training, a line for each job
-_GIVEN = {"attributes.`Run Name`": 260, "runDateAndNestInfo": 130, "duration": 80}  # column, pixels
+_GIVEN = {"attributes.`Run Name`": 230, "runDateAndNestInfo": 145, "duration": 80}  # column, pixels
+_COLOURS = (
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
+    *("#8c564b", "#e377c2", "#bcbd22", "#17becf", "#000000"),
+)
+GREY = "#9e9e9e"  # for the sweep's own run, of which no chart has anything
 
 
 def sweep_view(parent: str, where: str, columns: Sequence[str], order: str) -> dict[str, Any]:
@@ -20,10 +25,10 @@ def sweep_view(parent: str, where: str, columns: Sequence[str], order: str) -> d
     of the sweep itself.
     """
     names = [column.partition("`")[2].rstrip("`") for column in columns]
-    widths = {column: max(90, 8 * len(name) + 34) for column, name in zip(columns, names, strict=True)}
-    params = [name for column, name in zip(columns, names, strict=True) if column.startswith("params.")]
+    widths = {column: max(90, round(6.4 * len(name)) + 30) for column, name in zip(columns, names, strict=True)}
+    widths[order] = widths.get(order, 90) + 25  # the sign of the sorted column
     metrics = [name for column, name in zip(columns, names, strict=True) if column.startswith("metrics.")]
-    sections = {"result": list(_result_charts(params, metrics)), "layers": list(_layer_charts())}
+    sections = {"result": list(_result_charts(metrics)), "layers": list(_layer_charts())}
     return {
         "selectedColumns": list(columns),
         "columnOrder": [*_GIVEN, *columns],
@@ -43,16 +48,20 @@ def sweep_view(parent: str, where: str, columns: Sequence[str], order: str) -> d
     }
 
 
+def colour(number: int) -> str:
+    """The tag mlflow.runColor of a sweep's job: by itself, MLflow gives the same colour to several of ten runs."""
+    return _COLOURS[number % len(_COLOURS)]
+
+
 def _section(name: str) -> dict[str, Any]:
     return {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
 
 
-def _result_charts(params: Sequence[str], metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for metric in [metric for metric in metrics if not metric.endswith("_before")][:2]:  # of which all jobs have one
-        yield {"type": "BAR", "metricKey": metric, "runsCountToCompare": 30}
-    if params:
-        chosen = {"selectedParams": list(params), "selectedMetrics": list(metrics[:1])}
-        yield {"type": "PARALLEL", "showAllRuns": False, "runsCountToCompare": 30, **chosen}
+def _result_charts(metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
+    # No parallel coordinates: of a param that is partly a number, as objective.layer=2,final, they leave out the rest.
+    for metric in metrics:
+        if not metric.endswith("_before"):  # of which all jobs have the same
+            yield {"type": "BAR", "metricKey": metric, "runsCountToCompare": 30}
 
 
 def _layer_charts() -> Iterator[dict[str, Any]]:

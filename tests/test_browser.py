@@ -35,8 +35,8 @@ QUICK = (
     "eval.permutations=99", "eval.probes=false", "eval.measures=[pair_cosine,mismatched_cosine,margin,csls_p_at_1]",
 )  # fmt: skip
 SHOWN = (
-    "lora.layers=[1],[1,2],[1,2,3,4]", "objective=triplet,infonce", "objective.layer=final", "dataset.limit=240",
-    "dataset.control_size=60", "train.epochs=4", "train.learning_rate=1e-3", "eval.permutations=999",
+    "lora.layers=[1],[1,2],[1,2,3,4]", "objective=triplet,infonce", "objective.layer=final", "dataset.limit=120",
+    "dataset.control_size=40", "train.epochs=3", "train.learning_rate=1e-3", "eval.permutations=999",
 )  # fmt: skip
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
@@ -150,8 +150,9 @@ def charts(browser: Any) -> dict[str, list[dict[str, Any]]]:
     script = """
         return [...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot.data).map(plot => [
             plot.closest('[data-testid="experiment-view-compare-runs-card"]')?.innerText.split('\\n')[0] ?? '',
-            plot.data.map(({type, name, x, y, dimensions}) => ({
-                type, name, x: x && [...x], y: y && [...y], labels: dimensions?.map(one => one.label)}))]);
+            plot.data.map(({type, name, x, y, dimensions, marker}) => ({
+                type, name, colour: marker?.color, x: x && [...x], y: y && [...y],
+                labels: dimensions?.map(one => one.label)}))]);
     """
     return dict(browser.execute_script(script))
 
@@ -179,17 +180,18 @@ def test_the_printed_link_opens_the_table(sweep: Sweep, browser: Any) -> None:
         *numbers, last = shown[f"metrics.`{key}`"]
         assert [float(number) for number in numbers] == pytest.approx([job[key] for job in best_first])
         assert last == "-"
-    look(browser, sweep.links[-1], 1600, 900)
+    look(browser, sweep.links[-1], 1600, 660)
     until(browser, lambda: len(cells(browser).get("metrics.`control/margin_gain`", [])) > len(names))
     keep(browser, "ui_table.png")
 
 
 def test_its_charts_are_those_of_the_result_and_of_the_layers(sweep: Sweep, browser: Any) -> None:
     look(browser, f"{sweep.links[-1]}&compareRunsMode=CHART", 1600, 1220)
-    wanted = ["control/margin_gain", "control/csls_p_at_1_after", *(f"after_control/{name}" for name in MEASURES)]
+    results = ["control/margin_gain", "control/csls_p_at_1_after", "control/specificity_pvalue"]
+    wanted = [*results, *(f"after_control/{name}" for name in MEASURES)]
     shown = until(browser, lambda: {*wanted} <= {*(drawn := charts(browser))} and drawn)
     assert list(shown)[: len(wanted)] == wanted
-    for key in ("control/margin_gain", "control/csls_p_at_1_after"):
+    for key in results:
         (bars,) = shown[key]
         assert sorted(bars["x"]) == pytest.approx(sorted(job[key] for job in sweep.jobs))  # no bar for the sweep's run
     for measure in MEASURES:
@@ -198,7 +200,7 @@ def test_its_charts_are_those_of_the_result_and_of_the_layers(sweep: Sweep, brow
         for job in sweep.jobs:
             assert lines[job["name"]]["x"] == list(range(6))  # layers 0 to 4, and final
             assert lines[job["name"]]["y"] == pytest.approx(over_layers(job, measure))
-    assert browser.execute_script("return document.querySelectorAll('svg g.dimension').length") == len(sweep.swept) + 1
+        assert len({line["colour"] for line in lines.values()}) == len(sweep.jobs)  # which is which
     keep(browser, "ui_chart.png")
 
 
@@ -217,7 +219,7 @@ def test_the_jobs_side_by_side(sweep: Sweep, browser: Any) -> None:
     until(browser, lambda: f"Comparing {len(sweep.jobs)} Runs from 1 Experiment" in text(browser))
     (plot,) = until(browser, lambda: charts(browser).values())
     assert plot[0]["labels"][-1] == "control/margin_gain"  # which job was best, before anything is chosen
-    assert {*sweep.swept} <= {*plot[0]["labels"]}
+    assert sweep.swept[0] in plot[0]["labels"]  # three of the params that differ
     keep(browser, "ui_compare.png")
     for key in sweep.swept:
         assert [unspaced(value) for value in compared(browser, key)] == [
@@ -258,5 +260,5 @@ def test_a_job_s_link_opens_its_run_with_a_chart_over_the_layers(sweep: Sweep, b
     until(browser, lambda: "control/margin_gain" in text(browser) and sweep.name in text(browser))  # of its parent
     assert job["name"] in text(browser) and job["verdict_reason"] in text(browser)
     look(browser, link.replace("?", "/model-metrics?"), 1600, 900)
-    trace = until(browser, lambda: charts(browser).get("pair_cosine"))[0]
-    assert (trace["x"], trace["y"]) == (list(range(6)), pytest.approx(over_layers(job, "pair_cosine")))
+    trace = until(browser, lambda: charts(browser).get("csls_p_at_1"))[0]
+    assert (trace["x"], trace["y"]) == (list(range(6)), pytest.approx(over_layers(job, "csls_p_at_1")))
