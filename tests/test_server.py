@@ -169,7 +169,7 @@ def test_a_sweep_through_the_server_is_whole(
     runs = {run.info.run_id: run for run in store.search_runs([experiment])}
     parent = runs.pop(document["mlflow_run_id"])
     assert parent.info.status == "FINISHED"
-    assert [file.path for file in store.list_artifacts(parent.info.run_id)] == ["summary.json"]
+    assert [file.path for file in store.list_artifacts(parent.info.run_id)] == ["overview", "summary.json"]
     assert len(runs) == len(document["jobs"]) == 2
     for folder in (Path(job["folder"]) for job in document["jobs"]):
         results = results_of(folder)
