@@ -140,8 +140,14 @@ def test_joblib_ends_with_its_workers_and_goes_on_where_it_stood(
     start: Callable[..., Command], store: str, tmp_path: Path
 ) -> None:
     first = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "lora.rank=1,2", f"train.epochs=1,{LONG}")
-    sweep = start(*first)  # in this order: 1 1, 1 long, 2 1, 2 long
-    sweep.wait_until(lambda: len(list(tmp_path.glob("multirun/*/*/*/results.json"))) == 2 and sweep.open_jobs() == 2)
+    sweep = start(*first)
+
+    def both_at_a_long_one() -> bool:  # a job that is done has its run open for a while, too
+        done = {file.parent for file in tmp_path.glob("multirun/*/*/*/results.json")}
+        busy = {file.parent for file in tmp_path.glob("multirun/*/*/*/.worker")}
+        return len(done) == len(busy - done) == sweep.open_jobs() == 2
+
+    sweep.wait_until(both_at_a_long_one)
     assert len(sweep.processes()) >= 3
     sweep.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
