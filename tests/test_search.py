@@ -83,7 +83,7 @@ def test_a_search_that_was_killed_goes_on_where_it_stood(cli: Cli, store: str, t
         assert (status, err.count("\n")) == (2, 1) and "under way in another process" in err
     finally:
         killed.kill()
-        killed.communicate(timeout=60)
+        killed.communicate(timeout=240)
     (document,) = documents(tmp_path)
     assert document["ended"] is None and states(document) == [TrialState.COMPLETE, TrialState.RUNNING]
     (written,) = tmp_path.glob("multirun/*/*/*/results.json")
