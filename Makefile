@@ -25,7 +25,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Prints the tables of docs/performance.md: half an hour on an idle machine. ARGS="--only train" for a part.
+# How fast against what a user would write, as tables: half an hour on an idle machine. ARGS="--only train" for a part.
 bench: $(READY)
 	$(BIN)/python -m bench.speed $(ARGS)
 

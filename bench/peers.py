@@ -38,23 +38,29 @@ class Task:
 
 def peft_model(folder: Path, task: Task) -> tuple[Any, Any]:
     """(model with its adapter, tokenizer), as the documentation of PEFT has it."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
+    torch.manual_seed(0)
+    return get_peft_model(model, _adapter(task, "CAUSAL_LM")), tokenizer
+
+
+def _adapter(task: Task, task_type: str) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type=task_type,
         r=task.rank,
         lora_alpha=32,
         lora_dropout=0.0,
         target_modules=["q_proj", "v_proj"],
         layers_to_transform=list(task.layers),
+        layers_pattern="layers",  # a bare decoder's names, which PEFT doesn't find by itself
     )
-    torch.manual_seed(0)
-    return get_peft_model(model, config), tokenizer
 
 
 def embed(model: Any, tokenizer: Any, words: Sequence[str], layer: int) -> Tensor:
@@ -149,21 +155,10 @@ def sentence_transformer(folder: Path, *, final_norm: bool) -> Any:
 def train_sentence_transformer(model: Any, pairs: Pairs, task: Task) -> None:
     """Its own trainer, with its own loss: TripletLoss, or MultipleNegativesRankingLoss, which is InfoNCE."""
     from datasets import Dataset
-    from peft import LoraConfig
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer import losses
 
-    model.add_adapter(
-        LoraConfig(
-            task_type="FEATURE_EXTRACTION",
-            r=task.rank,
-            lora_alpha=32,
-            lora_dropout=0.0,
-            target_modules=["q_proj", "v_proj"],
-            layers_to_transform=list(task.layers),
-            layers_pattern="layers",
-        )
-    )
+    model.add_adapter(_adapter(task, "FEATURE_EXTRACTION"))
     columns = {"anchor": [source for source, _ in pairs], "positive": [target for _, target in pairs]}
     if task.loss == "triplet":
         columns["negative"] = columns["positive"][1:] + columns["positive"][:1]

@@ -12,9 +12,9 @@ from filelock import FileLock
 
 from src import layers, measures, probes
 from src.files import cache_dir, digest, file_digest, write_text, written_atomically
-from src.layers import Progress, Prompt, depth, width
+from src.layers import Progress, Prompt
 from src.models import LoadedModel
-from src.vectors import Vectors, encode_words, rows_of, stored
+from src.vectors import Vectors, encode_words, stored
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ _CODE = {name: file_digest(Path(str(module.__file__))) for name, module in _MODU
 
 
 def encoding_key(loaded: LoadedModel, prompts: Sequence[Prompt]) -> str:
-    """Names the vectors of these prompts, in this order."""
-    asked = repr([(prompt.ids, prompt.start, prompt.stop) for prompt in prompts])
+    """Names the vectors of these prompts, each once, in this order."""
+    asked = repr([(prompt.ids, prompt.start, prompt.stop) for prompt in dict.fromkeys(prompts)])
     return digest(loaded.identity, _CODE["encodings"], asked)
 
 
@@ -35,19 +35,17 @@ def baseline_encoding(loaded: LoadedModel, prompts: Sequence[Prompt], progress: 
     An entry that is damaged (its digest differs) is named in the log and made again; where the cache can't be written,
     the vectors are made and not kept.
     """
-    distinct, row_of = rows_of(prompts)
-    shape = (depth(loaded.model) + 2, len(distinct), width(loaded.model))
-    file = cache_dir() / "encodings" / f"{encoding_key(loaded, distinct)}.f32"
+    file = cache_dir() / "encodings" / f"{encoding_key(loaded, prompts)}.f32"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
             if not _whole(file):
                 with written_atomically(file) as temporary:
                     with temporary.open("r+b") as handle:
-                        encode_words(loaded.model, distinct, file=handle, progress=progress)
+                        encode_words(loaded.model, prompts, file=handle, progress=progress)
                     write_text(file.with_suffix(".sha256"), file_digest(temporary))
         with file.open("rb") as handle:
-            return stored(handle, shape, row_of)
+            return stored(handle, loaded.model, prompts)
     except OSError as error:
         log.warning("%s can't be written or read (%s): not kept", file, error)
         return encode_words(loaded.model, prompts, progress=progress)

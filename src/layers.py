@@ -77,6 +77,12 @@ class Prompt:
     stop: int
 
 
+def distinct_prompts(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[int]]:
+    """(distinct prompts, where each of the prompts stands among them)."""
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    return list(row_of), [row_of[prompt] for prompt in prompts]
+
+
 def tokenize(
     words: Sequence[str],
     tokenizer: Any,
@@ -276,11 +282,11 @@ def encode(
     the last bits.
     """
     layers = all_layers(depth(model)) if layers is None else layers
-    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    distinct = torch.empty(len(layers), len(row_of), width(model))
-    for rows, vectors in encoded_batches(model, list(row_of), layers, progress):
-        distinct[:, rows] = vectors
-    return distinct[:, [row_of[prompt] for prompt in prompts]] if len(row_of) < len(prompts) else distinct
+    distinct, row_of = distinct_prompts(prompts)
+    found = torch.empty(len(layers), len(distinct), width(model))
+    for rows, vectors in encoded_batches(model, distinct, layers, progress):
+        found[:, rows] = vectors
+    return found[:, row_of] if len(distinct) < len(prompts) else found
 
 
 def encoded_batches(

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from src.files import written_atomically
-from src.plots import AFTER, BEFORE, DPI, PAIRS, QUIET, STYLE, WORSE, by_layer, end_labels, layer_axis, new_figure
+from src.plots import (
+    AFTER,
+    BEFORE,
+    MISMATCHED,
+    PAIRS,
+    QUIET,
+    WORSE,
+    by_layer,
+    end_labels,
+    layer_axis,
+    new_figure,
+    write_figures,
+)
 from src.results import read_table
 
 MOST = 30  # jobs in the figure of settings
 BEST = 5  # curves with a colour and a name of their own
-COLOURS = (AFTER, PAIRS, WORSE, BEFORE, "#CC79A7")
+COLOURS = (AFTER, PAIRS, WORSE, BEFORE, MISMATCHED)
 GAIN = "control/margin_gain"
 
 
@@ -31,22 +41,15 @@ def draw_overview(found: Sequence[Mapping[str, Any]], folder: Path, title: str) 
     trained = sorted((results for results in found if GAIN in results), key=lambda results: -results[GAIN])
     if not trained:
         return []
-    written = []
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for name, figure in (("settings.png", _settings(trained, title)), ("layers.png", _layers(trained, title))):
-            if figure is not None:
-                with written_atomically(folder / name) as temporary:
-                    figure.savefig(temporary, format="png", dpi=DPI)
-                written.append(folder / name)
-    return written
+    draw = {"settings.png": lambda: _settings(trained, title), "layers.png": lambda: _layers(trained, title)}
+    return write_figures(folder, draw)
 
 
 def _settings(trained: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """An arrow for each job, from the retrieval of unseen words before training to that after it."""
     shown = trained[:MOST]
-    counts = {verdict: sum(one["verdict"] == verdict for one in trained) for verdict in {o["verdict"] for o in trained}}
-    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items(), key=lambda item: -item[1]))
+    counts = Counter(results["verdict"] for results in trained)
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     headline = f"Unseen words before and after training, largest margin gain on top: {verdicts}"
     figure, ((axes,),) = new_figure(headline, title, (1, 1), height=1.6 + 0.26 * len(shown))
     figure.subplots_adjust(left=0.42, right=0.97)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,20 +63,26 @@ def draw_all(
     `specificity.png`.
     """
     table = by_layer(layers)
+    draw = {
+        "similarity.png": lambda: similarity(table, title),
+        "retrieval.png": lambda: retrieval(table, pairs, title),
+        "scatter.png": lambda: scatter(pairs, title),
+        "specificity.png": lambda: specificity(null, observed, title),
+    }
+    return write_figures(folder / "plots", draw)
+
+
+def write_figures(folder: Path, draw: Mapping[str, Callable[[], Figure | None]]) -> list[Path]:
+    """Draws figures in the project's style, by their files' names; returns the files of those that there are."""
     written = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A title in a script the font lacks shows boxes; that is no reason to fail or to worry anybody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for name, figure in (
-            ("similarity.png", similarity(table, title)),
-            ("retrieval.png", retrieval(table, pairs, title)),
-            ("scatter.png", scatter(pairs, title)),
-            ("specificity.png", specificity(null, observed, title)),
-        ):
-            if figure is not None:
-                with written_atomically(folder / "plots" / name) as temporary:
+        for name, make in draw.items():
+            if figure := make():
+                with written_atomically(folder / name) as temporary:
                     figure.savefig(temporary, format="png", dpi=DPI)
-                written.append(folder / "plots" / name)
+                written.append(folder / name)
     return written
 
 

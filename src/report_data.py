@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UserError
-from src.results import read_table
+from src.results import FAILED, read_table
 from src.summary import SEEDS
 from src.tracking import public_uri
 
@@ -186,7 +186,7 @@ def _results(file: Path, expected: str | None) -> dict[str, Any]:
 def _failure(folder: Path) -> str:
     """What ended a job, as it left it in its folder; a killed sweep never put it into sweep.json."""
     try:
-        return str(json.loads((folder / "failed.json").read_text(encoding="utf-8"))["error"])
+        return str(json.loads((folder / FAILED).read_text(encoding="utf-8"))["error"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

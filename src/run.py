@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from src import console
-from src.config import Config, read_config, refuse_odd_options, register
+from src.config import ROOT, Config, read_config, refuse_odd_options, register
 from src.errors import Pruned, UserError
 from src.files import write_text
 from src.tracking import public_uri
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-ROOT = Path(__file__).parent.parent
 log = logging.getLogger(__name__)
 
 

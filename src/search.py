@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from src import tracking
-from src.config import Config, config_hash
+from src.config import ROOT, Config, config_hash
 from src.errors import Pruned, UserError
 from src.files import digest, write_text, written_atomically
 from src.plan import Plan, checked, compose, done_jobs, entry, given_overrides, identity, sweep_root
@@ -26,7 +26,6 @@ from src.space import as_overrides, as_text, distribution, ends, read_settings, 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-ROOT = Path(__file__).parent.parent
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 

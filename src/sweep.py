@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 
 from src import console, summary, tracking, workers
-from src.config import read_config, run_name
+from src.config import ROOT, read_config, run_name
 from src.errors import UserError
 from src.files import write_text
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from src.search import Search
-
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass

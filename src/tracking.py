@@ -29,7 +29,7 @@ from filelock import FileLock
 from src.config import TrackingConfig
 from src.errors import Pruned, UserError
 from src.files import digest, written_atomically
-from src.results import read_table
+from src.results import PRUNED, read_table
 from src.view import GREY, colour, sweep_view
 
 # Set before mlflow is imported, where the user hasn't: no telemetry, no chatter, and minutes of retries cut short.
@@ -42,7 +42,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _TABLES = ("layers.csv", "pairs.csv", "training.csv", "results.json")
-_SEARCHED = ("search.csv", "pruned.json")  # of a search's job
+_SEARCHED = ("search.csv", PRUNED)  # of a search's job
 _PATIENCE = "10"  # seconds for an answer when a run begins; a server that is down refuses at once
 _MODE = "workflowType=machine_learning"  # else the UI opens on what it has for chat applications
 _FIRST = (  # in this order before all other metrics: the UI lists them as they were logged, and compares by the first
@@ -591,7 +591,7 @@ def upload(folder: Path, run_id: str, uri: str) -> None:
         mark = _contents(folder)
         if run.data.tags.get(_MARK) == mark:
             return
-        outcome = next(name for name in ("results.json", "pruned.json") if (folder / name).exists())
+        outcome = next(name for name in ("results.json", PRUNED) if (folder / name).exists())
         results = json.loads((folder / outcome).read_text(encoding="utf-8"))
         late = {key: text for key, text in results.get("params", {}).items() if key not in run.data.params}
         client.log_batch(run_id, params=[Param(key[:250], _short(public_uri(text))) for key, text in late.items()])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import UserError
-from src.layers import Layer, Progress, Prompt, encode, packed, packs, pooled_states, stacked
+from src.layers import Layer, Progress, Prompt, distinct_prompts, encode, packed, packs, pooled_states, stacked
 from src.objectives import infonce_loss, nearest_wrong, triplet_loss
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
@@ -122,11 +122,10 @@ def batch_loss(
     prompts = [source[i] for i in pairs] + [target[i] for i in pairs]
     if negatives is not None:
         prompts += [target[i] for i in negatives]
-    distinct = list(dict.fromkeys(prompts))
-    place = {prompt: i for i, prompt in enumerate(distinct)}
+    distinct, row_of = distinct_prompts(prompts)
     total = torch.zeros(())
     for states in _states(model, distinct, objective.layers, joint=joint).values():
-        rows = states[torch.tensor([place[prompt] for prompt in prompts], device=states.device)]
+        rows = states[torch.tensor(row_of, device=states.device)]
         anchor, positive = rows[: len(pairs)], rows[len(pairs) : 2 * len(pairs)]
         mask = torch.from_numpy(also_right).to(states.device)
         match objective.name:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src.files import cache_dir
-from src.layers import Progress, Prompt, all_layers, depth, encoded_batches, width
+from src.layers import Progress, Prompt, all_layers, depth, distinct_prompts, encoded_batches, width
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Float, Int
@@ -45,12 +45,6 @@ class Vectors:
             self.pages.madvise(mmap.MADV_DONTNEED)
 
 
-def rows_of(prompts: Sequence[Prompt]) -> tuple[list[Prompt], Int[np.ndarray, " prompts"]]:
-    """(distinct prompts, where each of the prompts stands among them)."""
-    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    return list(row_of), np.array([row_of[prompt] for prompt in prompts])
-
-
 def encode_words(
     model: nn.Module, prompts: Sequence[Prompt], *, file: IO[bytes] | None = None, progress: Progress | None = None
 ) -> Vectors:
@@ -58,21 +52,23 @@ def encode_words(
 
     Raises OSError at once where the disk can't hold them.
     """
-    distinct, row_of = rows_of(prompts)
-    shape = (depth(model) + 2, len(distinct), width(model))
-    made = _room(shape, row_of) if file is None else _room_in(file, shape, row_of)
-    batches = encoded_batches(model, distinct, all_layers(depth(model)), progress)
-    for number, (rows, vectors) in enumerate(batches, start=1):
-        made.array[:, rows] = vectors.numpy()
+    distinct, row_of = distinct_prompts(prompts)
+    layers = all_layers(depth(model))
+    shape, rows = (len(layers), len(distinct), width(model)), np.array(row_of)
+    made = _room(shape, rows) if file is None else _room_in(file, shape, rows)
+    batches = encoded_batches(model, distinct, layers, progress)
+    for number, (places, vectors) in enumerate(batches, start=1):
+        made.array[:, places] = vectors.numpy()
         if number % _BETWEEN == 0:
             made.let_go()
     return made
 
 
-def stored(file: IO[bytes], shape: tuple[int, ...], row_of: Int[np.ndarray, " prompts"]) -> Vectors:
-    """The vectors that a file holds. Raises ValueError where it is too short."""
-    pages = mmap.mmap(file.fileno(), 4 * math.prod(shape), access=mmap.ACCESS_READ)
-    return Vectors(np.frombuffer(pages, np.float32).reshape(shape), row_of, pages)
+def stored(file: IO[bytes], model: nn.Module, prompts: Sequence[Prompt]) -> Vectors:
+    """The vectors of these prompts that `encode_words` has left in a file."""
+    distinct, row_of = distinct_prompts(prompts)
+    pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return Vectors(np.frombuffer(pages, np.float32).reshape(-1, len(distinct), width(model)), np.array(row_of), pages)
 
 
 def _room_in(file: IO[bytes], shape: tuple[int, ...], row_of: Int[np.ndarray, " prompts"]) -> Vectors:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from src import console
+from src.config import ROOT
 from src.errors import UserError
 from src.files import write_text
 
@@ -72,7 +73,7 @@ def start(config: DictConfig) -> None:
     for key, value in (_RAY | (_OWN_RAY if init["address"] is None else {})).items():
         os.environ.setdefault(key, value)  # read when Ray is imported
     if init["address"] is not None:  # its workers were started long ago and elsewhere
-        init.setdefault("runtime_env", {"env_vars": {"PYTHONPATH": str(Path(__file__).parent.parent)}})
+        init.setdefault("runtime_env", {"env_vars": {"PYTHONPATH": str(ROOT)}})
     ours = signal.getsignal(signal.SIGTERM)
     try:
         import_module("ray").init(**init)

@@ -3,6 +3,9 @@
 # ruff: noqa: E402, I001 (what is set here must be set before the imports below)
 
 import os
+import signal
+import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -33,6 +36,30 @@ def model_config(**values: object) -> ModelConfig:
     merged = {**OmegaConf.to_container(shared), **OmegaConf.to_container(own), **values}  # pyright: ignore
     merged.pop("defaults", None)
     return ModelConfig(**merged)
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Runs `python -m src.run` in this process and returns its exit status; its signal handlers don't stay."""
+    from src import run as command
+
+    monkeypatch.setattr(command, "_errors", [])
+    monkeypatch.setattr(sys, "argv", ["src.run", *arguments])
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        return command.main()
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import csv
 import json
 import os
 import re
-import signal
-import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from src import run as command
 from src.config import refuse_odd_options
 from src.errors import UserError
 from src.pairs import read_pairs
+from tests.conftest import run_command
 from tests.test_config import composed, config
 
 KULA = [("kula", "eat")]
@@ -429,19 +427,9 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     """Runs the command in this process, in a folder of its own: (exit status, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TLI_DEBUG", raising=False)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(command, "_errors", [])
-        monkeypatch.setattr(sys, "argv", ["src.run", *arguments])
-        try:
-            status = command.main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
-        return status, capsys.readouterr().err
+        return run_command(monkeypatch, *arguments), capsys.readouterr().err
 
     return call
 
@@ -547,7 +535,4 @@ def test_bad_settings_show_theirs_before_there_is_a_job(
 
 
 def test_help_tells_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["src.run", "--help"])
-    with pytest.raises(SystemExit) as end:
-        command.main()
-    assert end.value.code == 0 and "--debug" in capsys.readouterr().out
+    assert run_command(monkeypatch, "--help") == 0 and "--debug" in capsys.readouterr().out

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import run as command
 from src.results import read_table
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 
 SMALL = ["model=tiny", "dataset.limit=60", "dataset.control_size=15", "train.epochs=1", "eval.permutations=99"]
 INFONCE = ["objective=infonce", "objective.layer=final"]
@@ -21,14 +20,9 @@ INFONCE = ["objective=infonce", "objective.layer=final"]
 def cli(monkeypatch, tmp_path, capsys):
     """Runs the command in this process, in a folder of its own; returns (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "_errors", [])
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["src.run", *arguments])
-        try:
-            status = command.main()
-        except SystemExit as exit:
-            status = exit.code if isinstance(exit.code, int) else 1
+        status = run_command(monkeypatch, *arguments)
         printed = capsys.readouterr()
         return status, printed.out, printed.err
 

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,12 +18,11 @@ import psutil
 import pytest
 import torch
 
-from src import run as command
 from src import tracking
 from src.config import QuantConfig
 from src.errors import UserError
 from src.models import LoadedModel, load_model
-from tests.conftest import ROOT, model_config
+from tests.conftest import ROOT, free_port, model_config, run_command
 
 SECRET = "geh3imnis"
 SMALL = (
@@ -192,27 +190,11 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TLI_DEBUG", "")
     monkeypatch.setenv("TLI_CACHE", str(tmp_path / "cache"))
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(command, "_errors", [])
-        monkeypatch.setattr(sys, "argv", ["src.run", *arguments])
-        try:
-            status = command.main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
-        return status, "".join(capsys.readouterr())
+        return run_command(monkeypatch, *arguments), "".join(capsys.readouterr())
 
     return call
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 
-from src import run as command
 from src import summary
 from src.plan import done_jobs, sweep_id, sweep_root
 from src.results import outcome
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 
 TINY = (
     "model=tiny", "dataset.limit=40", "dataset.control_size=10", "train.epochs=1", "lora.layers=[1]",
@@ -38,18 +37,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], store: str) -> Cli:
     """Runs the command in this process, in a folder and an MLflow experiment of its own: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "_errors", [])
-    handler = signal.getsignal(signal.SIGTERM)
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", line(store, tmp_path, *arguments))
-        try:
-            status = command.main()
-        except SystemExit as end:
-            assert isinstance(end.code, int)
-            status = end.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
+        status = run_command(monkeypatch, *line(store, tmp_path, *arguments)[1:])
         printed = capsys.readouterr()
         return status, printed.out, printed.err
 
@@ -254,8 +244,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_made(
 
 
 def test_a_sweep_without_anything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["src.run", "-m"])
-    assert command.main() == 2
+    assert run_command(monkeypatch, "-m") == 2
     assert "the sweep is empty" in capsys.readouterr().err
 
 
@@ -267,11 +256,9 @@ def test_the_sweeps_in_conf_are_whole(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, jobs: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["src.run", f"experiment={name}_sweep", "sweep.dry_run=true"])
-    with pytest.raises(SystemExit) as end:
-        command.main()
+    status = run_command(monkeypatch, f"experiment={name}_sweep", "sweep.dry_run=true")
     lines = capsys.readouterr().out.splitlines()
-    assert end.value.code == 0 and len(set(lines)) == jobs + 1 and lines[-1] == f"{jobs} jobs, 0 of them done already"
+    assert status == 0 and len(set(lines)) == jobs + 1 and lines[-1] == f"{jobs} jobs, 0 of them done already"
 
 
 def test_jobs_are_done_again_where_their_pairs_changed_or_force_asks(cli: Cli, tmp_path: Path) -> None:
