@@ -129,13 +129,14 @@ def _overlap(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and, for each row, the matrix that pools its prompts' tokens out of all of the row's.
+    """Token ids, the matrix that pools each row's prompts out of the row's tokens, and where each prompt then stands.
 
     `position_ids` and `sees`, which token attends to which, belong to a packed batch; a stacked one needs neither.
     """
 
     input_ids: Int[Tensor, "rows length"]
-    pool: Float[Tensor, "rows prompts length"]
+    pool: Float[Tensor, "rows most length"]
+    places: Int[Tensor, " prompts"]  # among the rows × most that pooling gives
     position_ids: Int[Tensor, "rows length"] | None = None
     sees: Bool[Tensor, "rows 1 length length"] | None = None
 
@@ -146,35 +147,77 @@ def stacked(prompts: Sequence[Prompt]) -> Batch:
     pool = torch.zeros(len(prompts), 1, input_ids.shape[1])
     for row, prompt in enumerate(prompts):
         pool[row, 0, prompt.start : prompt.stop] = 1 / (prompt.stop - prompt.start)
-    return Batch(input_ids, pool)
+    return Batch(input_ids, pool, torch.arange(len(prompts)))
 
 
 def packed(prompts: Sequence[Prompt]) -> Batch:
-    """A batch in a single row, a tree of the prompts' tokens where what several begin with stands once.
+    """A batch whose rows are trees of the prompts' tokens, where what several begin with stands once.
 
     A token sees its own beginning alone, so its hidden state is the one that its prompt by itself would give it; a
     BOS, a template and the first syllables that words share are run once. `packs` checks that the model keeps to it.
     """
-    nodes: dict[tuple[int, int], int] = {}  # by parent and token
-    paths, places = [], []
-    for prompt in prompts:
-        path = [-1]
-        for place, token in enumerate(prompt.ids):
-            key = (path[-1], token)
-            if key not in nodes:
-                nodes[key] = len(nodes)
-                places.append(place)
-            path.append(nodes[key])
-        paths.append(path[1:])
-    sees = torch.eye(len(nodes), dtype=torch.bool)
-    for (parent, _), node in nodes.items():
-        if parent >= 0:
-            sees[node] |= sees[parent]
-    pool = torch.zeros(1, len(prompts), len(nodes))
-    for row, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
-        pool[0, row, path[prompt.start : prompt.stop]] = 1 / (prompt.stop - prompt.start)
-    tokens = torch.tensor([[token for _, token in nodes]])
-    return Batch(tokens, pool, torch.tensor([places]), sees[None, None])
+    members = _rows(prompts)
+    trees = [_Tree([prompts[place] for place in row]) for row in members]
+    length, most = max(len(tree.tokens) for tree in trees), max(len(row) for row in members)
+    input_ids = torch.zeros(len(trees), length, dtype=torch.long)
+    position_ids = torch.zeros_like(input_ids)
+    sees = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1, 1)  # what pads a row sees itself
+    pool = torch.zeros(len(trees), most, length)
+    places = torch.empty(len(prompts), dtype=torch.long)
+    for row, tree in enumerate(trees):
+        n = len(tree.tokens)
+        input_ids[row, :n] = torch.tensor(tree.tokens)
+        position_ids[row, :n] = torch.tensor(tree.depths)
+        for node, parent in enumerate(tree.parents):
+            if parent >= 0:
+                sees[row, 0, node] |= sees[row, 0, parent]
+        for at, (place, path) in enumerate(zip(members[row], tree.paths, strict=True)):
+            prompt = prompts[place]
+            pool[row, at, path[prompt.start : prompt.stop]] = 1 / (prompt.stop - prompt.start)
+            places[place] = row * most + at
+    return Batch(input_ids, pool, places, position_ids, sees)
+
+
+_ROW = 128  # tokens: matrix products don't care how a batch is cut into rows, attention's cost grows with their length
+_WASTE = 1.05  # what cutting may cost in tokens: rows repeat what all begin with, and are padded
+
+
+def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Places of the prompts of each row: as many even rows, of at most about _ROW tokens, as waste little."""
+    size = _tree_size(prompts)
+    for rows in range(-(-size // _ROW), 1, -1):
+        for capacity in range(-(-size // rows), int(_WASTE * size / rows) + 1):
+            if len(members := _similar_batches(prompts, capacity)) <= rows:
+                return members
+    return [list(range(len(prompts)))]
+
+
+class _Tree:
+    """The tokens of prompts as nodes, a parent before its children, and each prompt's path of nodes."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.tokens: list[int] = []
+        self.depths: list[int] = []
+        self.parents: list[int] = []
+        self.paths = []
+        nodes: dict[tuple[int, int], int] = {}  # by parent and token
+        for prompt in prompts:
+            path = [-1]
+            for depth, token in enumerate(prompt.ids):
+                key = (path[-1], token)
+                if key not in nodes:
+                    nodes[key] = len(nodes)
+                    self.tokens.append(token)
+                    self.depths.append(depth)
+                    self.parents.append(path[-1])
+                path.append(nodes[key])
+            self.paths.append(path[1:])
+
+
+def _tree_size(prompts: Sequence[Prompt]) -> int:
+    """Tokens of the tree of all of the prompts."""
+    ordered = sorted(prompt.ids for prompt in prompts)
+    return sum(len(ids) - _shared(ids, before) for ids, before in zip(ordered, [(), *ordered], strict=False))
 
 
 def pooled_states(
@@ -186,15 +229,15 @@ def pooled_states(
     """
     read: dict[Layer, Tensor] = {}
     device = _input_device(model)
-    matrix = batch.pool.to(device)
-    with _read_states(model, layers, lambda layer, hidden: read.__setitem__(layer, _pool(hidden, matrix))):
+    matrix, places = batch.pool.to(device), batch.places.to(device)
+    with _read_states(model, layers, lambda layer, hidden: read.__setitem__(layer, _pool(hidden, matrix, places))):
         kwargs = {}
         if batch.position_ids is not None and batch.sees is not None:
             kwargs = {"position_ids": batch.position_ids.to(device), "attention_mask": batch.sees.to(device)}
         with suppress(_Stop):
             output = _decoder(model)(input_ids=batch.input_ids.to(device), use_cache=False, **kwargs)
             if "final" in layers:
-                read["final"] = _pool(output[0], matrix)
+                read["final"] = _pool(output[0], matrix, places)
     yield from read.items()
 
 
@@ -353,10 +396,10 @@ def _equal_length_batches(prompts: Sequence[Prompt], budget: int) -> list[list[i
 
 
 def _pool(
-    hidden: Float[Tensor, "rows length d"], matrix: Float[Tensor, "rows prompts length"]
-) -> Float[Tensor, "all_prompts d"]:
+    hidden: Float[Tensor, "rows length d"], matrix: Float[Tensor, "rows most length"], places: Int[Tensor, " prompts"]
+) -> Float[Tensor, "prompts d"]:
     mean = torch.bmm(matrix.to(hidden.device), hidden.float())
-    return functional.normalize(mean.flatten(0, 1), dim=-1)
+    return functional.normalize(mean.flatten(0, 1)[places.to(hidden.device)], dim=-1)
 
 
 @contextmanager
