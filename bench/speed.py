@@ -29,7 +29,7 @@ from bench import peers
 from bench.peers import Task
 from src import study
 from src.config import Config, read_config, register
-from src.layers import encode, tokenize
+from src.layers import TOKEN_BUDGET, _similar_batches, _tree_size, encode, tokenize
 from src.models import LoadedModel, _held, adapter, load_model
 from src.packaged import packaged_folder
 
@@ -176,7 +176,8 @@ def arithmetic(repeats: int) -> None:
     """Encoding's share of the rate at which this machine multiplies matrices of the same shapes."""
     it = prepared(setting())
     distinct = list(dict.fromkeys(it.source + it.target))
-    tokens = sum(len(prompt.ids) for prompt in distinct)
+    batches = _similar_batches(distinct, TOKEN_BUDGET)
+    tokens = sum(_tree_size([distinct[row] for row in rows]) for rows in batches)  # padding is no work done
     weights = _matrices(it.loaded)
     work = 2 * sum(weight.numel() for weight in weights)  # operations a token
     inputs = {width: torch.randn(512, width) for width in {weight.shape[1] for weight in weights}}
@@ -189,7 +190,7 @@ def arithmetic(repeats: int) -> None:
     rates = [512 * work / value / 1e9 for value in seconds["products alone"]]
     reached = [tokens * work / value / 1e9 for value in seconds["encoding"]]
     share = median(own / most for own, most in zip(reached, rates, strict=True))
-    print(f"{len(distinct)} distinct words, {tokens} tokens, {work / 1e6:.0f} million operations a token")
+    print(f"{len(distinct)} distinct words, {tokens} tokens to run, {work / 1e6:.0f} million operations a token")
     print(f"matrix products of these shapes: {median(rates):.0f} GFLOP/s; encoding: {median(reached):.0f}; {share:.0%}")
 
 

@@ -25,6 +25,9 @@ Layer = int | Literal["final"]
 Pooling = Literal["mean", "last"]
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 
+# Tokens a batch of encoding may hold. Each weight is fetched once a batch: 4096 take 0.8 of the time of 512 on a CPU.
+TOKEN_BUDGET = 4096
+
 
 # --- the convention -----------------------------------------------------------------------------------------
 
@@ -340,7 +343,7 @@ def encoded_batches(
     Packed where the model allows it; else batches of equal token count, in which nothing is padded either.
     """
     together = packs(model, prompts)
-    batches = (_similar_batches if together else _equal_length_batches)(prompts, token_budget(model))
+    batches = (_similar_batches if together else _equal_length_batches)(prompts, TOKEN_BUDGET)
     form = packed if together else stacked
     place = {layer: index for index, layer in enumerate(layers)}
     with evaluating(model):
@@ -349,11 +352,6 @@ def encoded_batches(
             for layer, states in pooled_states(model, form([prompts[row] for row in rows]), layers):
                 vectors[place[layer]] = states
             yield rows, vectors.cpu()
-
-
-def token_budget(model: nn.Module) -> int:
-    """Tokens a batch may hold: enough to fill the device, few enough for its caches and for tokens² of attention."""
-    return 512 if _input_device(model).type == "cpu" else 2048
 
 
 def _similar_batches(prompts: Sequence[Prompt], budget: int) -> list[list[int]]:

@@ -85,7 +85,7 @@ def test_vectors_depend_neither_on_batch_size_nor_order_nor_padding_side(order, 
     model, tokenizer, words, reference = tiny_module
     tokenizer.padding_side = side
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "token_budget", lambda _model: budget)
+        patch.setattr(layers, "TOKEN_BUDGET", budget)
         vectors = encode(model, tokenize([words[i] for i in order], tokenizer))
     torch.testing.assert_close(vectors, reference[:, list(order)], atol=1e-5, rtol=0)
 
