@@ -348,10 +348,10 @@ def encoded_batches(
     place = {layer: index for index, layer in enumerate(layers)}
     with evaluating(model):
         for rows in progress(batches, "Encoding words") if progress else batches:
-            vectors = torch.empty(len(layers), len(rows), width(model), device=_input_device(model))
+            vectors = torch.empty(len(layers), len(rows), width(model))  # on the CPU: 8B's take a gigabyte a batch
             for layer, states in pooled_states(model, form([prompts[row] for row in rows]), layers):
                 vectors[place[layer]] = states
-            yield rows, vectors.cpu()
+            yield rows, vectors
 
 
 def _similar_batches(prompts: Sequence[Prompt], budget: int) -> list[list[int]]:

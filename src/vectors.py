@@ -22,7 +22,6 @@ with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU m
     from jaxtyping import Float, Int
 
 IN_MEMORY = 2**30  # bytes; larger encodings go to a file
-_BETWEEN = 32  # batches written before their pages are let go of
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,9 @@ def encode_words(
     shape, rows = (len(layers), len(distinct), width(model)), np.array(row_of)
     made = _room(shape, rows) if file is None else _room_in(file, shape, rows)
     batches = encoded_batches(model, distinct, layers, progress)
-    for number, (places, vectors) in enumerate(batches, start=1):
+    for places, vectors in batches:
         made.array[:, places] = vectors.numpy()
-        if number % _BETWEEN == 0:
-            made.let_go()
+        made.let_go()
     return made
 
 
