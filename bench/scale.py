@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from src.files import cache_dir
+
 ROOT = Path(__file__).parent.parent
 LINEAR = "eval.measures=[pair_cosine,mismatched_cosine,margin,centred_cosine]"
 
@@ -32,6 +34,7 @@ def main() -> None:
     measures = [] if arguments.retrieval else [LINEAR]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        cache_with_models(folder)
         _, floor = pilot(folder, 20, measures)
         print("| pairs | encode, s | measure and write, s | peak memory above the model's, MiB | vectors, MiB |")
         print("|---|---|---|---|---|")
@@ -52,12 +55,8 @@ def pilot(folder: Path, pairs: int, arguments: Sequence[str]) -> tuple[dict[str,
     job = folder / str(pairs)
     command = [sys.executable, "-m", "src.run", "train=none", "tracking=off", "eval.probes=false", "dataset=file"]
     command += [f"dataset.path={words}", "dataset.control_size=10", f"hydra.run.dir={job}", *arguments]
-    cache = {"TLI_CACHE": str(folder / "cache")}
-    models = Path(os.environ.get("TLI_CACHE", Path.home() / ".cache/tli-lab")) / "models"
-    (folder / "cache").mkdir(exist_ok=True)
-    if models.exists() and not (folder / "cache" / "models").exists():
-        (folder / "cache" / "models").symlink_to(models)  # converting is not what is measured
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | cache, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"TLI_CACHE": str(folder / "cache")}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     peak, watched = 0, psutil.Process(process.pid)
     while process.poll() is None:
         peak = max(peak, watched.memory_info().rss)
@@ -65,6 +64,16 @@ def pilot(folder: Path, pairs: int, arguments: Sequence[str]) -> tuple[dict[str,
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     return json.loads((job / "results.json").read_text(encoding="utf-8")), peak >> 20
+
+
+def cache_with_models(folder: Path) -> Path:
+    """A new cache below the folder that has what was converted already and nothing else: that is not what is timed."""
+    models = cache_dir() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    cache = folder / "cache"
+    cache.mkdir()
+    (cache / "models").symlink_to(models)
+    return cache
 
 
 def made_up(count: int) -> list[tuple[str, str]]:
