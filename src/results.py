@@ -77,6 +77,11 @@ def record_failure(folder: Path, error: Exception) -> None:
     write_text(folder / FAILED, json.dumps({"error": said, "kind": type(error).__name__}, ensure_ascii=False) + "\n")
 
 
+def record_pruned(folder: Path, found: Mapping[str, Any]) -> None:
+    """Writes what was found until a search ended the job, with `pruned`, why: all that the job's run needs."""
+    write_text(folder / PRUNED, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
 def outcome(folder: Path) -> tuple[str, str | None]:
     """(done, pruned, failed, killed or pending; what ended it) of a job, from its folder."""
     if (folder / "results.json").exists():

@@ -23,17 +23,19 @@ from src.files import write_text
 from src.tracking import public_uri
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from omegaconf import DictConfig
+
+    from src.search import Judge
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, folder: Path, judge: Callable[[int, float], None] | None = None) -> dict[str, Any]:
+def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, Any]:
     """The whole method: fills the job folder, tracks it, prints the result and returns what results.json holds.
 
-    A search's `judge` hears the control margin after each epoch, and may end the run by raising Pruned.
+    A search's `judge` hears the control margin after each epoch, and may end the run by saying why, which is Pruned.
     Raises UserError for input that the user can mend, NumbersError where a number isn't finite.
     """
     from src import results, study, tracking
@@ -41,13 +43,16 @@ def run(config: Config, folder: Path, judge: Callable[[int, float], None] | None
 
     clock = _Clock()
     lexicon, words = study.read_words(config.dataset)
-    store = tracking.open_store(config.tracking, ROOT)  # refused, where it can't be written, before the model loads
+    store = tracking.open_store(
+        config.tracking, ROOT, folder
+    )  # refused, where it can't be written, before the model loads
     with clock.timing("load"):
         loaded = load_model(config.model, config.quant)
     it = study.prepare(config, lexicon, words, loaded)
     found: dict[str, Any] = study.describe(it)
 
-    with tracking.tracked(folder, store, found) as run_id:
+    with tracking.tracked(folder, store, found) as tracked:
+        found |= {"mlflow_run_id": tracked.id, "opening": tracked.opening}
         with clock.timing("encode"):
             before = study.encode_before(it, console.progress)
         layers = study.measure_before(it, before, console.progress)
@@ -61,7 +66,10 @@ def run(config: Config, folder: Path, judge: Callable[[int, float], None] | None
                 def after_epoch(epoch: int) -> None:
                     if judge:
                         with clock.timing("judge", within="train"):
-                            judge(epoch, study.control_margin(it, model))
+                            said = judge(epoch, study.control_margin(it, model))
+                        if said:
+                            results.record_pruned(folder, found | said)
+                            raise Pruned(said["pruned"])
 
                 with clock.timing("train"):
                     losses = study.train_adapter(it, model, read, console.progress, after_epoch)
@@ -70,9 +78,9 @@ def run(config: Config, folder: Path, judge: Callable[[int, float], None] | None
                 found |= study.probe(it, model, "after", console.progress)
             layers += study.measure_layers(it, after, "after", study.SPLITS, console.progress)
         conclusion, specificity = study.conclude(it, before, after, found)
-        found |= conclusion | clock.seconds() | {"mlflow_run_id": run_id}
+        found |= conclusion | clock.seconds()
         results.write_job(folder, found, layers, study.pair_rows(it, before, after), losses, specificity)
-    print(console.result_table(found, str(config.eval.layer), str(folder), tracking.link(store, run_id)), end="")
+    print(console.result_table(found, str(config.eval.layer), str(folder), tracked.link), end="")
     return found
 
 

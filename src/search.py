@@ -17,14 +17,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from src import tracking
 from src.config import ROOT, Config, config_hash
-from src.errors import Pruned, UserError
-from src.files import digest, write_text, written_atomically
+from src.errors import UserError
+from src.files import digest, written_atomically
 from src.plan import Plan, checked, compose, done_jobs, entry, given_overrides, identity, sweep_root
-from src.results import PRUNED, SETTLED, clear, outcome, record_failure, write_table
+from src.results import SETTLED, clear, outcome, record_failure, write_table
 from src.space import as_overrides, as_text, distribution, ends, read_settings, refuse_metric
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+Judge = Callable[
+    [int, float], dict[str, Any] | None
+]  # (epoch, control margin) → why the job ends here, for pruned.json
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -248,8 +252,8 @@ def _storage(file: Path) -> optuna.storages.RDBStorage:
         raise UserError(f"{file} can't be used as Optuna's database ({str(error).splitlines()[0]}); move it") from error
 
 
-def judge(job: Mapping[str, Any], folder: Path, epochs: int) -> Callable[[int, float], None]:
-    """What a job does with its control margin after each epoch: writes it down, reports it, perhaps raises Pruned."""
+def judge(job: Mapping[str, Any], folder: Path, epochs: int) -> Judge:
+    """What a job does with its control margin after each epoch: writes it down, reports it, perhaps ends the job."""
     search = job["search"]
     pruner = optuna.pruners.MedianPruner(search["warmup_trials"], search["warmup_epochs"] + 1)
     storage = _storage(Path(search["storage"]))
@@ -259,13 +263,13 @@ def judge(job: Mapping[str, Any], folder: Path, epochs: int) -> Callable[[int, f
     sign = 1 if search["direction"] == "maximize" else -1  # the margin should be large, whatever is searched for
     margins: list[tuple[int, float]] = []
 
-    def judged(epoch: int, margin: float) -> None:
+    def judged(epoch: int, margin: float) -> dict[str, Any] | None:
         margins.append((epoch, margin))
         write_table(folder / "search.csv", ("epoch", "control_margin"), margins)
         trial.report(sign * margin, epoch)
         if epoch < epochs and trial.should_prune():
             said = f"after epoch {epoch} of {epochs}: control margin {margin:.4g}, below the finished trials' median"
-            write_text(folder / PRUNED, json.dumps({"pruned": said, "epoch": epoch, "margin": margin}) + "\n")
-            raise Pruned(said)
+            return {"pruned": said, "epoch": epoch, "margin": margin}
+        return None
 
     return judged

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from hydra.experimental.callback import Callback
 
@@ -104,6 +105,8 @@ def begin(config: DictConfig) -> None:
     document = {
         "id": sweep_id(planned.folder),
         "mlflow_run_id": None,
+        "opening": uuid4().hex,  # as in a job's results.json
+        "name": _name(planned, config),
         "command": tracking.public_uri(shlex.join(["python", "-m", "src.run", *sys.argv[1:]])),
         "overrides": [tracking.public_uri(override) for override in planned.overrides],
         "swept": planned.swept,
@@ -111,8 +114,9 @@ def begin(config: DictConfig) -> None:
         "ended": None,
         "jobs": planned.jobs,
     }
-    chosen = config.hydra.runtime.choices.get("experiment")
-    document["mlflow_run_id"] = _open_run(store, document, chosen, earlier)
+    if store:
+        with tracking.warned(f"the sweep's run: {tracking.later(planned.folder)}"):
+            document["mlflow_run_id"] = open_run(store, document, earlier)
     _current = Sweep(planned.folder, document, store, search)
     write()
 
@@ -143,7 +147,10 @@ def _interrupted(planned: Plan, search: Search | None, store: tracking.Store | N
         return earlier
     if not search and not _all_done(planned.jobs):
         return None  # its pairs have changed since, or a folder was deleted
-    _print_end(earlier, _view(earlier, store))
+    link = None
+    with tracking.warned("no link to the sweep"):
+        link = _view(earlier, store)
+    _print_end(earlier, link)
     if search:
         search.close()
         print(
@@ -197,16 +204,39 @@ def _print_plan(jobs: Sequence[Mapping[str, Any]]) -> None:
 # --- the sweep's run in MLflow ------------------------------------------------------------------------------
 
 
-def _open_run(
-    store: tracking.Store | None,
-    document: Mapping[str, Any],
-    experiment: str | None,
-    earlier: Mapping[str, Any] | None,
-) -> str | None:
+def _name(planned: Plan, config: DictConfig) -> str:
+    chosen = config.hydra.runtime.choices.get("experiment")
+    return chosen or f"sweep of {' × '.join(planned.swept) or 'one job'}"
+
+
+def open_run(store: tracking.Store, document: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> str:
     """The parent of the jobs' runs, which find it in sweep.json. A resumed sweep goes on in its old run."""
     tags = {"sweep": document["id"], "command": document["command"]}
-    name = experiment or f"sweep of {' × '.join(document['swept']) or 'one job'}"
-    return tracking.open_sweep(store, name, tags, earlier["mlflow_run_id"] if earlier else None)
+    before = earlier["mlflow_run_id"] if earlier else None
+    return tracking.open_sweep(store, document["name"], tags, document["opening"], before)
+
+
+def record(document: Mapping[str, Any], folder: Path, store: tracking.Store | None) -> str | None:
+    """Draws an ended sweep's overview, brings its run up to date and closes it: a link. Raises TrackingError."""
+    from src.overview import draw_overview  # it imports matplotlib, which --help needn't wait for
+
+    found = summary.read_results(document["jobs"])
+    figures = draw_overview(found, folder / "overview", document["id"])
+    if store is None or document["mlflow_run_id"] is None:
+        return None
+    statuses, search = {job["status"] for job in document["jobs"]}, document.get("search")
+    cut_off = {"killed", "pending"} & statuses or (search and search["told"] < search["n_trials"])
+    tracking.close_sweep(
+        store,
+        document["mlflow_run_id"],
+        status="KILLED" if cut_off else "FINISHED" if statuses <= {*SETTLED} else "FAILED",
+        ended=document["ended"],
+        note=_note(document, found),
+        columns=["name", "verdict", *summary.COLUMNS, "folder"],
+        rows=[[*row, results["folder"]] for results in found for row in summary.job_rows([results])],
+        figures=figures,
+    )
+    return _view(document, store)
 
 
 def _view(document: Mapping[str, Any], store: tracking.Store | None) -> str | None:
@@ -263,8 +293,6 @@ def close() -> None:
     global _current, failures
     if _current is None:
         return
-    from src.overview import draw_overview  # it imports matplotlib, which --help needn't wait for
-
     sweep, _current = _current, None
     if sweep.search:
         sweep.search.close()
@@ -273,22 +301,13 @@ def close() -> None:
         job["status"], job["error"] = outcome(Path(job["folder"]))
     sweep.document["ended"] = _now()
     _write(sweep)
-    statuses = {job["status"] for job in jobs}
-    cut_off = {"killed", "pending"} & statuses or (sweep.search and sweep.search.missing)
     failures = sum(job["status"] not in SETTLED for job in jobs)
-    found = summary.read_results(jobs)
-    if "killed" in statuses:
-        tracking.close_lost(sweep.store)
-    tracking.close_sweep(
-        sweep.store,
-        sweep.document["mlflow_run_id"],
-        status="KILLED" if cut_off else "FAILED" if failures else "FINISHED",
-        note=_note(sweep.document, found),
-        columns=["name", "verdict", *summary.COLUMNS, "folder"],
-        rows=[[*row, results["folder"]] for results in found for row in summary.job_rows([results])],
-        figures=draw_overview(found, sweep.folder / "overview", sweep.document["id"]),
-    )
-    _print_end(sweep.document, _view(sweep.document, sweep.store))
+    link = None
+    with tracking.warned(f"the sweep's run: {tracking.later(sweep.folder)}"):
+        link = record(sweep.document, sweep.folder, sweep.store)
+        if "killed" in {job["status"] for job in jobs}:
+            tracking.close_lost(sweep.store)
+    _print_end(sweep.document, link)
 
 
 def write() -> None:

@@ -1,4 +1,4 @@
-"""`python -m src.sync`: records finished job folders that their tracking store doesn't have yet."""
+"""`python -m src.sync`: records finished job folders and sweeps that their tracking store doesn't have yet."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,8 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from src import tracking
 from src.errors import UserError
 from src.files import write_text
+from src.results import PRUNED
 
 ROOT = Path(__file__).resolve().parents[1]
+OUTCOMES = ("results.json", PRUNED)  # a job is done where one of them stands
 _LOCATIONS = {  # where MLflow keeps absolute paths
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
@@ -51,71 +54,102 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sync(folders: Sequence[Path], uri: str | None) -> int:
-    """Records every job below `folders` that isn't recorded yet. Raises UserError (folder or store)."""
+    """Records every job and sweep below `folders` that isn't recorded yet. Raises UserError (folder or store)."""
     if absent := [folder for folder in folders if not folder.is_dir()]:
         raise UserError(f"{absent[0]}: no such folder")
     places = folders or [place for name in ("multirun", "outputs") if (place := ROOT / name).is_dir()]
     outcomes: Counter[str] = Counter()
-    for file in sorted({file for place in places for file in place.rglob("results.json")}):
-        try:
-            outcome = _sync_job(file.parent, uri)
-        except (JobError, tracking.TrackingError, OSError, KeyError, ValueError) as error:
-            outcome = "failed"
-            print(f"{file.parent}: {error or type(error).__name__}", file=sys.stderr)
-        else:
-            print(f"{file.parent}: {outcome}")
+    sweeps = {file.parent: False for place in places for file in place.rglob("sweep.json")}
+    for folder in sorted({file.parent for place in places for name in OUTCOMES for file in place.rglob(name)}):
+        outcome = _told(folder, lambda folder=folder: _sync_job(folder, uri))
         outcomes[outcome] += 1
+        if sweep := _sweep_of(folder):
+            sweeps[sweep] = sweeps.get(sweep, False) or outcome == "recorded"
+    for folder, late in sorted(sweeps.items()):
+        outcomes[_told(folder, lambda folder=folder, late=late: _sync_sweep(folder, uri, late))] += 1
+    del outcomes[""]
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) or "no finished jobs found")
     return 1 if outcomes["failed"] else 0
 
 
+def _told(folder: Path, record: Callable[[], str]) -> str:
+    """What has become of the folder, once it is printed; "" where there is nothing to say."""
+    try:
+        outcome = record()
+    except (JobError, tracking.TrackingError, OSError, KeyError, ValueError) as error:
+        print(f"{folder}: {error or type(error).__name__}", file=sys.stderr)
+        return "failed"
+    if outcome:
+        print(f"{folder}: {outcome}")
+    return outcome
+
+
 def _sync_job(folder: Path, uri: str | None) -> str:
     with tracking.upload_lock(folder):
-        results, config = _read(folder)
-        settings = config["tracking"]
+        results, settings = _read(folder)
         if settings["backend"] == "off" and uri is None:
             return "not tracked (tracking=off; --uri records it)"
-        store = tracking.store_uri(uri or settings["uri"], ROOT)
-        _check(store, settings["experiment"])
+        if "config_hash" not in results:
+            return "left alone (pruned, by an earlier version)"
+        store = _store(settings, uri)
         run_id = results.get("mlflow_run_id")
-        state = tracking.upload_state(folder, run_id, store) if run_id else "unknown"
+        state = tracking.upload_state(folder, run_id, store.uri) if run_id else "unknown"
         match state:
             case "uploaded":
                 return "already recorded"
             case "deleted":
                 return "left alone (its run was deleted)"
             case "unknown":
-                run_id = _open(folder, results, config, store)
+                run_id = _open(folder, results, store)
             case "missing":
                 pass
-        tracking.upload(folder, str(run_id), store)
-        tracking.finish(str(run_id), store, "FINISHED")
+        tracking.upload(folder, str(run_id), store.uri)
+        tracking.finish(str(run_id), store.uri, "FINISHED")
     return "recorded"
 
 
-def _open(folder: Path, results: dict[str, Any], config: Mapping[str, Any], store: str) -> str:
-    """Creates the run that the job couldn't, and writes its id into results.json."""
-    run_id = tracking.start(
-        store,
-        config["tracking"]["experiment"],
-        name=results["name"],
-        params=results["params"],
-        tags={key: results[key] for key in ("config_hash", "git_commit", "model_revision")},
-        dataset=results.get("dataset"),
-        parent=None,
-    )
-    text = json.dumps(results | {"mlflow_run_id": run_id}, indent=1, ensure_ascii=False)
-    write_text(folder / "results.json", text + "\n")
+def _open(folder: Path, results: dict[str, Any], store: tracking.Store) -> str:
+    """Finds or creates the run that the job has no id of, and writes its id down."""
+    opening = results.get("opening") or uuid4().hex
+    run_id = tracking.opened(store.uri, store.experiment, opening)
+    if run_id is None:
+        name = results["name"]
+        if sweep := _sweep_of(folder):
+            with suppress(JobError):  # told by _sync_sweep
+                jobs = _document(sweep)["jobs"]
+                name = next((job["name"] for job in jobs if _own(job, sweep) == folder.resolve()), name)
+        run_id = tracking.start(
+            store.uri,
+            store.experiment,
+            name=name,
+            params=results["params"],
+            tags={key: results[key] for key in ("config_hash", "git_commit", "model_revision")},
+            dataset=results.get("dataset"),
+            parent=None,  # _sync_sweep gives it one
+            opening=opening,
+        )
+    text = json.dumps(results | {"mlflow_run_id": run_id, "opening": opening}, indent=1, ensure_ascii=False)
+    write_text(_outcome(folder), text + "\n")
     return run_id
 
 
+def _outcome(folder: Path) -> Path:
+    return next(folder / name for name in OUTCOMES if (folder / name).exists())
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what the job found, its tracking settings)"""
+    file = _outcome(folder)
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        if not isinstance(results, dict) or "config_hash" not in results:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(results, dict) or (file.name != PRUNED and "config_hash" not in results):
             raise ValueError("not a job's results")
     except (OSError, ValueError) as error:
-        raise JobError(f"results.json can't be read ({error}); run the job again") from error
+        raise JobError(f"{file.name} can't be read ({error}); run the job again") from error
+    return results, _settings(folder)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=True)
         if not isinstance(config, dict) or not {"backend", "uri", "experiment"} <= set(config["tracking"]):
@@ -123,12 +157,84 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, ValueError, KeyError, OmegaConfBaseException) as error:
         reason = (str(error).splitlines() or ["empty"])[0]
         raise JobError(f".hydra/config.yaml can't be read ({reason}); run the job again") from error
-    return results, {str(key): value for key, value in config.items()}
+    return config["tracking"]
+
+
+def _store(settings: Mapping[str, Any], uri: str | None) -> tracking.Store:
+    store = tracking.Store(tracking.store_uri(uri or settings["uri"], ROOT), settings["experiment"])
+    _check(store)
+    return store
 
 
 @cache
-def _check(store: str, experiment: str) -> None:
-    tracking.check(store, experiment)
+def _check(store: tracking.Store) -> None:
+    tracking.check(store.uri, store.experiment)
+    tracking.close_lost(store)
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------
+
+
+def _sweep_of(folder: Path) -> Path | None:
+    """The folder of the sweep that the job belongs to."""
+    return next((parent for parent in folder.resolve().parents if (parent / "sweep.json").exists()), None)
+
+
+def _document(sweep: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not {"id", "jobs", "ended", "command"} <= found.keys():
+            raise ValueError("not a sweep's")
+    except (OSError, ValueError) as error:
+        raise JobError(f"sweep.json can't be read ({error}); its jobs' runs stay without a parent") from error
+    return found
+
+
+def _own(job: Mapping[str, Any], sweep: Path) -> Path | None:
+    """The folder of a sweep's job, here also where the whole was moved; None for one that another sweep has done."""
+    return None if job["reused"] else sweep.resolve() / Path(job["folder"]).name
+
+
+def _sync_sweep(folder: Path, uri: str | None, late: bool) -> str:
+    """Completes the run of a sweep that has ended; puts jobs that were added `late` below it."""
+    found = _document(folder)
+    jobs = [own for job in found["jobs"] if (own := _own(job, folder)) and (own / ".hydra" / "config.yaml").exists()]
+    if not jobs or not (late or found["ended"]):
+        return ""
+    settings = _settings(jobs[0])
+    if settings["backend"] == "off" and uri is None:
+        return ""
+    store = _store(settings, uri)
+    with tracking.upload_lock(folder):
+        found = _with_run(folder, store)
+        run_id, ended = found["mlflow_run_id"], found["ended"]
+        state = tracking.sweep_state(store, run_id, found["id"], ended or "")
+        if state == "deleted" or not (late or state == "missing"):
+            return ""
+        written = [_read(own)[0] for own in jobs if any((own / name).exists() for name in OUTCOMES)]
+        tracking.adopt(store, run_id, [one["mlflow_run_id"] for one in written if one.get("mlflow_run_id")])
+        if state == "resumed" or not ended:  # its end is told by the other sweep, or has not come
+            return ""
+        if not all((Path(job["folder"]) / "results.json").exists() for job in found["jobs"] if job["status"] == "done"):
+            return "sweep left alone (the folder of one of its jobs is gone)"
+        from src.sweep import record
+
+        record(found, folder, store)
+    return "sweep completed"
+
+
+def _with_run(folder: Path, store: tracking.Store) -> dict[str, Any]:
+    """What sweep.json says; the sweep's run is opened where the sweep couldn't."""
+    from src.sweep import open_run
+
+    found = {"opening": uuid4().hex, "name": "sweep"} | _document(folder)  # both are absent in an older one
+    run_id = found["mlflow_run_id"]
+    if run_id is None or tracking.sweep_state(store, run_id, found["id"], "") == "unknown":
+        run_id = tracking.opened(store.uri, store.experiment, found["opening"]) or open_run(store, found)
+        found["mlflow_run_id"] = run_id
+        if found["ended"]:  # else its own process writes the file
+            write_text(folder / "sweep.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return found
 
 
 def relocate(uri: str) -> int:

@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote, unquote, urlparse
+from uuid import uuid4
 
 import psutil
 from filelock import FileLock
@@ -63,6 +64,7 @@ _PARAMS, _METRICS, _VALUE, _DIGEST = (
 # Environment variables that say which sweep's run and id a job belongs to, and its name; src.sweep sets them.
 PARENT, SWEEP, NAME = "TLI_SWEEP_RUN", "TLI_SWEEP_ID", "TLI_RUN_NAME"
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ class Store:
     experiment: str
 
 
+@dataclass
+class Run:
+    """A job's run while the job is at work."""
+
+    id: str | None = None  # None where the job isn't tracked, or not yet
+    link: str | None = None  # where a person finds it, once the store holds the whole folder
+    opening: str = field(default_factory=lambda: uuid4().hex)  # by which it is found where the store's answer was lost
+
+
 class TrackingError(Exception):
     """The store refused, failed or couldn't be reached; one line, without credentials."""
 
@@ -80,12 +91,21 @@ class TrackingError(Exception):
 # --- a job's tracking ---------------------------------------------------------------------------------------
 
 
-def open_store(config: TrackingConfig, root: Path) -> Store | None:
-    """The store that a job is tracked in, ready to be written; None for the backend "off". Raises UserError."""
+def open_store(config: TrackingConfig, root: Path, folder: Path | None = None) -> Store | None:
+    """The store that a job is tracked in, ready to be written; None for the backend "off". Raises UserError.
+
+    For a job of a sweep, whose `folder` is given, trouble is a warning, and None: its sweep has begun.
+    """
     if config.backend == "off":
         return None
     store = Store(store_uri(config.uri, root), config.experiment)
-    check(store.uri, store.experiment)
+    try:
+        check(store.uri, store.experiment)
+    except UserError as error:
+        if folder is None or NAME not in os.environ:
+            raise
+        _warn(str(error).partition(";")[0].removeprefix("tracking.uri="), later(folder))
+        return None
     close_lost(store)
     return store
 
@@ -93,24 +113,25 @@ def open_store(config: TrackingConfig, root: Path) -> Store | None:
 def close_lost(store: Store | None) -> None:
     """Marks as KILLED what processes of this machine left open that are gone."""
     if store:
-        with _warned("orphaned runs stay open"):
+        with warned("orphaned runs stay open"):
             close_orphans(store.uri, store.experiment)
 
 
 @contextmanager
-def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -> Iterator[str | None]:
-    """Opens a run around the block that fills the job folder, yields its id, and uploads the folder at the end.
+def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -> Iterator[Run]:
+    """Opens a run around the block that fills the job folder, yields it, and uploads the folder at the end.
 
     Trouble with the store is a warning, never the end of the job: the folder holds everything, `src.sync` uploads it.
+    After it nothing more is tried here, as each try would wait for an answer once more.
     An exception in the block closes the run as FAILED, an interruption as KILLED, a search's pruning as FINISHED.
     """
-    run_id = None
+    run = Run()
     if store:
         tags = {key: description[key] for key in ("config_hash", "git_commit", "model_revision")}
         if SWEEP in os.environ:
             tags["sweep"] = os.environ[SWEEP]
-        with _warned("this job is not tracked yet: `python -m src.sync` uploads it later"):
-            run_id = start(
+        with warned(later(folder)):
+            run.id = start(
                 store.uri,
                 store.experiment,
                 name=os.environ.get(NAME) or description["name"],
@@ -118,21 +139,23 @@ def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -
                 tags=tags,
                 dataset=description["dataset"],
                 parent=os.environ.get(PARENT),
+                opening=run.opening,
             )
     pruned = None
     try:
         try:
-            yield run_id
+            yield run
         except Pruned as error:
             pruned = error
-        if store and run_id:
-            with _warned(f"{folder} is not uploaded: `python -m src.sync` does it later"):
-                upload(folder, run_id, store.uri)
-                finish(run_id, store.uri, "FINISHED")
+        if store and run.id:
+            with warned(later(folder)):
+                upload(folder, run.id, store.uri)
+                finish(run.id, store.uri, "FINISHED")
+                run.link = run_link(store.uri, run.id)
     except BaseException as error:
-        if store and run_id:
-            with _warned("the run stays open"):
-                finish(run_id, store.uri, "FAILED" if isinstance(error, Exception) else "KILLED")
+        if store and run.id:
+            with warned("the run stays open"):
+                finish(run.id, store.uri, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     if pruned:
         raise pruned
@@ -143,45 +166,36 @@ def complete(store: Store | None, folder: Path) -> None:
     run_id = json.loads((folder / "results.json").read_text(encoding="utf-8"))["mlflow_run_id"]
     if store is None or run_id is None:
         return
-    with _warned(f"{folder} is not uploaded: `python -m src.sync` does it later"):
+    with warned(later(folder)):
         if upload_state(folder, run_id, store.uri) in ("uploaded", "missing"):
             upload(folder, run_id, store.uri)
             finish(run_id, store.uri, "FINISHED")
 
 
-def link(store: Store | None, run_id: str | None) -> str | None:
-    """Where a person finds the run; None where it isn't tracked."""
-    with _warned("no link to the run"):
-        return run_link(store.uri, run_id) if store and run_id else None
+def later(folder: Path) -> str:
+    """What becomes of a folder that tracking failed with."""
+    return f"{folder} is not uploaded: `python -m src.sync` does it later"
 
 
 # --- a sweep's run, the parent of its jobs' runs ------------------------------------------------------------
 
 
-def open_sweep(store: Store | None, name: str, tags: Mapping[str, str], earlier: str | None) -> str | None:
-    """Opens a sweep's run, or `earlier` again where the store has it; None without tracking. `tags` holds `sweep`."""
-    if store is None:
-        return None
-    with _warned("this sweep is not tracked, its jobs are"):
-        if earlier and _reopened(store, earlier, tags):
-            return earlier
-        return start(store.uri, store.experiment, name=name, params={}, tags=tags, dataset=None, parent=None)
-    return None
+def open_sweep(store: Store, name: str, tags: Mapping[str, str], opening: str, earlier: str | None) -> str:
+    """Opens a sweep's run, or `earlier` again where the store has it. `tags` holds `sweep`. Raises TrackingError."""
+    if earlier and _reopened(store, earlier, tags):
+        return earlier
+    how: dict[str, Any] = {"params": {}, "dataset": None, "parent": None}
+    return start(store.uri, store.experiment, name=name, tags=tags, opening=opening, **how)
 
 
 def _reopened(store: Store, run_id: str, tags: Mapping[str, str]) -> bool:
     """Makes an ended sweep's run this process's, with the runs of its jobs; False where the store has none to take."""
-    from mlflow.exceptions import MlflowException
-
     with _client(store.uri) as client:
         from mlflow.entities import RunTag
 
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
+        run = _found(client, run_id)
+        if run is None:
+            return False
         experiment = _experiment(client, store.uri, store.experiment)
         ended = run.info.status != "RUNNING"  # else another process is at it; this host's orphans are closed by now
         if not ended or run.info.lifecycle_stage != "active" or run.info.experiment_id != experiment:
@@ -200,10 +214,11 @@ def _children(client: Any, experiment: str, run_id: str) -> list[str]:
 
 
 def close_sweep(
-    store: Store | None,
-    run_id: str | None,
+    store: Store,
+    run_id: str,
     *,
     status: Literal["FINISHED", "FAILED", "KILLED"],
+    ended: str,
     note: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
@@ -211,11 +226,9 @@ def close_sweep(
 ) -> None:
     """Closes a sweep's run with `note` as its description, the table as summary.json, and the figures.
 
-    Does nothing without a run.
+    `ended` says of which end of the sweep all this tells. Raises TrackingError.
     """
-    if store is None or run_id is None:
-        return
-    with _warned("the sweep's run stays without its summary"), _client(store.uri) as client:
+    with _client(store.uri) as client:
         from mlflow.entities import RunTag
 
         table = {"path": "summary.json", "type": "table"}
@@ -224,18 +237,46 @@ def close_sweep(
             client.log_artifact(run_id, str(figure), "overview")
         tags = {"mlflow.note.content": _short(note), "mlflow.loggedArtifacts": json.dumps([table])}
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        client.set_terminated(run_id, status)
+        if client.get_run(run_id).info.status != status:
+            client.set_terminated(run_id, status)
+        client.set_tag(run_id, _MARK, ended)
+
+
+def sweep_state(
+    store: Store, run_id: str, sweep: str, ended: str
+) -> Literal["recorded", "missing", "resumed", "deleted", "unknown"]:
+    """Whether a sweep's run tells of this end of it; `resumed`: it is a later sweep's by now. Raises TrackingError."""
+    with _client(store.uri) as client:
+        run = _found(client, run_id)
+    if run is None:
+        return "unknown"
+    if run.info.lifecycle_stage != "active":
+        return "deleted"
+    if run.data.tags.get("sweep") != sweep:
+        return "resumed"
+    return "recorded" if run.data.tags.get(_MARK) == ended else "missing"
+
+
+def adopt(store: Store, parent: str, runs: Sequence[str]) -> None:
+    """Puts those of the runs that have no parent below this one, a sweep's. Raises TrackingError."""
+    with _client(store.uri) as client:
+        above = client.get_run(parent)
+        for run_id in set(runs) - set(_children(client, above.info.experiment_id, parent)):
+            run = _found(client, run_id)
+            if run and run.info.lifecycle_stage == "active" and "mlflow.parentRunId" not in run.data.tags:
+                client.set_tag(run_id, "sweep", above.data.tags["sweep"])
+                client.set_tag(run_id, "mlflow.parentRunId", parent)
 
 
 def sweep_link(
     store: Store, run_id: str, sweep: str, runs: Sequence[str], columns: Sequence[str], *, order: str
-) -> str | None:
+) -> str:
     """Where a person finds a sweep: the model-training view with `columns`, by `order` falling, its jobs unfolded.
 
     `runs` are those of its jobs; some may belong to an earlier sweep. The saved view is an undocumented tag of the
-    experiment: where MLflow refuses it, the link shows the same runs without it.
+    experiment: where MLflow refuses it, the link shows the same runs without it. Raises TrackingError.
     """
-    with _warned("no link to the sweep"), _client(store.uri) as client:
+    with _client(store.uri) as client:
         experiment = client.get_run(run_id).info.experiment_id
         own = set(_children(client, experiment, run_id))
         for run, shade in [(run_id, GREY), *((run, colour(number)) for number, run in enumerate(runs) if run in own)]:
@@ -249,7 +290,7 @@ def sweep_link(
             where += f"&viewStateShareKey={run_id}"
         else:
             where += f"&searchFilter={quote(chosen)}"
-    return _in_ui(store.uri, where)
+        return _in_ui(store.uri, where)
 
 
 def _view_saved(client: Any, experiment: str, key: str, name: str, view: Mapping[str, Any]) -> bool:
@@ -267,12 +308,17 @@ def _view_saved(client: Any, experiment: str, key: str, name: str, view: Mapping
 
 
 @contextmanager
-def _warned(consequence: str) -> Iterator[None]:
+def warned(consequence: str) -> Iterator[None]:
+    """Makes a warning of a TrackingError."""
     try:
         yield
     except TrackingError as error:
-        log.warning("tracking: %s; %s", error, consequence)
-        print(f"warning: tracking: {error}; {consequence}", file=sys.stderr)
+        _warn(str(error), consequence)
+
+
+def _warn(trouble: str, consequence: str) -> None:
+    log.info("tracking: %s; %s", trouble, consequence)  # as a warning, it would be printed twice between a sweep's jobs
+    print(f"warning: tracking: {trouble}; {consequence}", file=sys.stderr)
 
 
 # --- the store ----------------------------------------------------------------------------------------------
@@ -317,12 +363,12 @@ def check(uri: str, experiment: str) -> None:
     file = database(uri)
     if file:
         _prepare(file)
-    # One retry, as the server may close an idle connection in the very moment in which a request goes out on it.
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": _PATIENCE}
-    before = {name: os.environ.get(name) for name in patience}
-    os.environ.update(patience)
     try:
-        with _client(uri) as client:
+        # One retry, as the server may close an idle connection in the very moment in which a request goes out on it.
+        with (
+            _settings(MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT=_PATIENCE),
+            _client(uri) as client,
+        ):
             found = client.get_experiment_by_name(experiment)
     except TrackingError as error:
         if "error code 401" in str(error):
@@ -330,9 +376,6 @@ def check(uri: str, experiment: str) -> None:
             raise UserError(f"tracking.uri={public_uri(uri)} asks for a password: set {names}, or to others") from error
         hint = "choose another" if file else "start it (`python -m src.ui` starts one on port 5000)"
         raise UserError(f"tracking.uri={error}; {hint}, or run with tracking=off") from error
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
     if found and found.lifecycle_stage != "active":
         raise UserError(
             f"tracking.experiment={experiment} was deleted in {public_uri(uri)}; restore it or name another"
@@ -407,6 +450,36 @@ def _settle() -> None:
 
 
 @contextmanager
+def _settings(**values: str) -> Iterator[None]:
+    """MLflow's settings for the block; it reads them anew for each request."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _once(create: Callable[[], T], find: Callable[[], T | None]) -> T:
+    """Creates what must not be there twice: MLflow's client would ask again where only the answer was lost."""
+    from mlflow.exceptions import MlflowException
+
+    def tried() -> T:
+        with _settings(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
+            return create()
+
+    try:
+        return tried()
+    except MlflowException as error:
+        if found := find():  # this waits for the server as all else does
+            return found
+        if "timed out" in str(error):  # it may be at it still
+            raise
+    return tried()
+
+
+@contextmanager
 def _client(uri: str) -> Iterator[Any]:
     """Yields an MlflowClient; whatever goes wrong with the store inside becomes a TrackingError."""
     _settle()
@@ -419,9 +492,18 @@ def _client(uri: str) -> Iterator[Any]:
         yield MlflowClient(tracking_uri=uri)
     except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error.__cause__, RequestException) or "Max retries exceeded" in reason:
+        if failed := re.search(r"too many (\d+) error responses", reason):
+            reason = f"it answers with error {failed[1]}"
+        elif _mute(error):
             reason = "no answer"
         raise TrackingError(f"{public_uri(uri)}: {public_uri(reason)[:300]}") from error
+
+
+def _mute(error: Exception) -> bool:
+    """Whether a server gave no answer, or none but errors of its own, however often it was asked."""
+    from requests import RequestException
+
+    return isinstance(error.__cause__, RequestException) or "Max retries exceeded" in str(error)
 
 
 # --- a run --------------------------------------------------------------------------------------------------
@@ -436,13 +518,18 @@ def start(
     tags: Mapping[str, str],
     dataset: Mapping[str, Any] | None,
     parent: str | None,
+    opening: str | None = None,
 ) -> str:
     """Opens a run, visible at once as RUNNING, and returns its id. Raises TrackingError.
 
     `dataset` has name, digest and source, and whatever else describes it; `parent` is the sweep's run. A tag
-    `git_commit` also becomes MLflow's own.
+    `git_commit` also becomes MLflow's own. By `opening`, which no other run has, `opened` finds the run afterwards.
     """
-    own = _process_tags() | {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    own = (
+        {"opening": opening or uuid4().hex}
+        | _process_tags()
+        | {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    )
     with suppress(OSError, KeyError, ImportError):  # a container's user may have no name
         own["mlflow.user"] = getpass.getuser()
     if parent:
@@ -450,35 +537,69 @@ def start(
     if commit := tags.get("git_commit"):
         own["mlflow.source.git.commit"] = commit
     with _client(uri) as client:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
         from mlflow.exceptions import MlflowException
 
         shown = {key: _short(value) for key, value in (dict(tags) | own).items()}
-        entries = [Param(key[:250], _short(public_uri(value))) for key, value in params.items()]
-        run_id = client.create_run(_experiment(client, uri, experiment), tags=shown, run_name=name).info.run_id
+        place = _experiment(client, uri, experiment)
+        run_id = _once(
+            lambda: client.create_run(place, tags=shown, run_name=name).info.run_id,
+            lambda: _opened(client, place, own["opening"]),
+        )
         try:
-            for first in range(0, len(entries), _PARAMS):
-                client.log_batch(run_id, params=entries[first : first + _PARAMS])
+            _log_params(client, run_id, params)
             if dataset:
-                source = json.dumps({"uri": public_uri(dataset["source"])})
-                entity = Dataset(
-                    dataset["name"], dataset["digest"][:_DIGEST], "local", source, profile=json.dumps(dict(dataset))
-                )
-                _log_input(client, run_id, DatasetInput(entity, [InputTag("mlflow.data.context", "training")]))
-        except BaseException as error:  # nobody else knows the run yet
+                _log_dataset(client, run_id, dataset)
+        except (KeyboardInterrupt, SystemExit):  # nobody else knows the run yet
             with suppress(MlflowException):
-                client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+                client.set_terminated(run_id, "KILLED")
             raise
     return run_id
 
 
-def _log_input(client: Any, run_id: str, dataset: Any) -> None:
+def opened(uri: str, experiment: str, opening: str) -> str | None:
+    """The run that was opened so, if the store has it. Raises TrackingError."""
+    with _client(uri) as client:
+        return _opened(client, _experiment(client, uri, experiment), opening)
+
+
+def _opened(client: Any, experiment: str, opening: str) -> str | None:
+    found = client.search_runs([experiment], f"tags.opening = '{opening}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def _found(client: Any, run_id: str) -> Any | None:
+    """The run; None where the store has never had it."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.log_inputs(run_id, [dataset])
-    except MlflowException:  # another job wrote the same dataset in this very moment: now it is there to be found
-        client.log_inputs(run_id, [dataset])
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    entries = [Param(key[:250], _short(public_uri(value))) for key, value in params.items()]
+    for first in range(0, len(entries), _PARAMS):
+        client.log_batch(run_id, params=entries[first : first + _PARAMS])
+
+
+def _log_dataset(client: Any, run_id: str, dataset: Mapping[str, Any]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+
+    source = json.dumps({"uri": public_uri(dataset["source"])})
+    entity = Dataset(dataset["name"], dataset["digest"][:_DIGEST], "local", source, profile=json.dumps(dict(dataset)))
+    entry = DatasetInput(entity, [InputTag("mlflow.data.context", "training")])
+    try:
+        client.log_inputs(run_id, [entry])
+    except MlflowException as error:
+        if _mute(error):
+            raise
+        client.log_inputs(run_id, [entry])  # another job wrote it in this very moment: now it is there to be found
 
 
 def _process_tags() -> dict[str, str]:
@@ -564,15 +685,10 @@ def upload_lock(folder: Path) -> FileLock:
 
 def upload_state(folder: Path, run_id: str, uri: str) -> Literal["uploaded", "missing", "deleted", "unknown"]:
     """Whether the store has this folder as it is now; `unknown` means that it has no such run. Raises TrackingError."""
-    from mlflow.exceptions import MlflowException
-
     with _client(uri) as client:
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return "unknown"
-            raise
+        run = _found(client, run_id)
+    if run is None:
+        return "unknown"
     if run.info.lifecycle_stage != "active":
         return "deleted"
     return "uploaded" if run.data.tags.get(_MARK) == _contents(folder) else "missing"
@@ -585,7 +701,7 @@ def upload(folder: Path, run_id: str, uri: str) -> None:
     replaced; the logged model is looked up. Raises TrackingError.
     """
     with _client(uri) as client, upload_lock(folder):
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Metric, RunTag
 
         run = client.get_run(run_id)
         mark = _contents(folder)
@@ -593,8 +709,10 @@ def upload(folder: Path, run_id: str, uri: str) -> None:
             return
         outcome = next(name for name in ("results.json", PRUNED) if (folder / name).exists())
         results = json.loads((folder / outcome).read_text(encoding="utf-8"))
-        late = {key: text for key, text in results.get("params", {}).items() if key not in run.data.params}
-        client.log_batch(run_id, params=[Param(key[:250], _short(public_uri(text))) for key, text in late.items()])
+        params = results.get("params", {})
+        _log_params(client, run_id, {key: params[key] for key in params.keys() - run.data.params.keys()})
+        if results.get("dataset") and not run.inputs.dataset_inputs:
+            _log_dataset(client, run_id, results["dataset"])
         layers, losses = (read_table(folder / name) for name in ("layers.csv", "training.csv"))
         points = [*_scalars(results), *_series(layers), *_losses(losses), *_margins(read_table(folder / "search.csv"))]
         metrics = [Metric(key, value, run.info.start_time, step) for key, value, step in points if math.isfinite(value)]
@@ -689,15 +807,22 @@ def _upload_adapter(client: Any, run: Any, adapter: Path) -> None:
     from mlflow.entities import LoggedModelOutput
 
     run_id, experiment = run.info.run_id, run.info.experiment_id
-    models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     params = {key: str(value) for key, value in settings.items() if isinstance(value, str | int | float)}
-    model = (
-        models[0]
-        if models
-        else client.create_logged_model(experiment, "adapter", run_id, params=params, model_type="peft")
-    )
-    client.log_model_artifacts(model.model_id, str(adapter))
-    client.finalize_logged_model(model.model_id, "READY")
-    if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+
+    def made() -> str | None:
+        models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+        return models[0].model_id if models else None
+
+    def create() -> str:
+        return client.create_logged_model(experiment, "adapter", run_id, params=params, model_type="peft").model_id
+
+    model_id = made() or _once(create, made)
+    client.log_model_artifacts(model_id, str(adapter))
+    client.finalize_logged_model(model_id, "READY")
+
+    def shown() -> bool:
+        return model_id in {output.model_id for output in client.get_run(run_id).outputs.model_outputs}
+
+    if not shown():
+        _once(lambda: client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)]), shown)

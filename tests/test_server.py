@@ -200,7 +200,7 @@ def job(number):
     results["params"]["train.seed"] = str(number)
     folder = Path(place) / str(number)
     store = tracking.open_store(config, Path(place))
-    with tracking.tracked(folder, store, results) as run_id:
+    with tracking.tracked(folder, store, results) as run:
         heavy = () if number % jobs == 0 else ("adapter", "plots", ".hydra")
         shutil.copytree(template, folder, ignore=shutil.ignore_patterns(*heavy, ".upload.lock"))
         for key in ("control/margin_gain", "train/margin_gain"):
@@ -209,7 +209,7 @@ def job(number):
         moved = [f"{start},{float(value) + number}" for start, _, value in (line.rpartition(",") for line in lines[1:])]
         (folder / "layers.csv").write_text("\\n".join([lines[0], *moved]) + "\\n")
         (folder / "run.log").write_text(f"job {number}\\n")
-        (folder / "results.json").write_text(json.dumps(results | {"mlflow_run_id": run_id}))
+        (folder / "results.json").write_text(json.dumps(results | {"mlflow_run_id": run.id}))
 
 def writer(first):
     for number in range(first, first + jobs):
