@@ -1,8 +1,19 @@
-"""What ends a job before its time: bad input that the user can mend, and a search that has seen enough."""
+"""What ends a job before its time: bad input that the user can mend, a full disk, a search that has seen enough."""
 
 
 class UserError(Exception):
     """Bad input, told in one line that names the file, line or key and what to do. Exit status 2."""
+
+
+class DiskError(OSError):
+    """A file that must be kept couldn't be: its disk is full or read-only. One line says what to do. Exit status 1."""
+
+    def __init__(self, number: int, reason: str, path: str, advice: str) -> None:
+        super().__init__(number, reason, path)
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.filename} can't be written: {self.strerror}; {self.advice}"
 
 
 class Pruned(Exception):  # noqa: N818 (not an error: the job is neither done nor failed)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+
+from src.errors import DiskError
+
+_DISK = {
+    errno.ENOSPC: "its disk is full",
+    errno.EDQUOT: "the quota of its disk is used up",
+    errno.EROFS: "its disk is read-only",
+}
 
 
 def cache_dir() -> Path:
@@ -19,24 +29,70 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").resolve() / "tli-lab"
 
 
+def disk_error(error: Exception, path: Path) -> DiskError | None:
+    """What to tell of an error in writing `path` that is a full or read-only disk's; None for any other."""
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors has it in words only
+        number = int(found[1])
+    if number not in _DISK or isinstance(error, DiskError):
+        return error if isinstance(error, DiskError) else None
+    mend = "make it writable" if number == errno.EROFS else "free some space"
+    cached = path.is_relative_to(cache_dir())
+    other = "have TLI_CACHE name another folder" if cached else "choose another hydra.run.dir (or hydra.sweep.dir)"
+    return DiskError(number, _DISK[number], str(path), f"{mend}, or {other}")
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Around what writes `path`. Raises DiskError where its disk is full or read-only."""
+    try:
+        yield
+    except Exception as error:
+        if found := disk_error(error, path):
+            raise found from error
+        raise
+
+
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success its file is flushed to disk and renamed to `path`.
 
-    A reader sees the old file or the whole new one; after an error or a kill `path` is untouched.
+    A reader sees the old file or the whole new one; after an error or a kill `path` is untouched. Raises DiskError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _flush(temporary)
+            temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would shut colleagues out of a shared folder
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def filled_atomically(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder; on success its files are flushed and it's renamed to `folder`, which mustn't exist."""
+    with room_for(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as temporary:
+            work = Path(temporary) / "work"  # TemporaryDirectory's own mode would shut colleagues out
+            work.mkdir()
+            yield work
+            for file in work.rglob("*"):
+                _flush(file)
+            work.replace(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would shut colleagues out of a shared folder
-        temporary.replace(path)
+        os.fsync(handle)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,11 +109,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-                work = Path(temporary) / "work"
-                work.mkdir()
+            with filled_atomically(folder) as work:
                 make(work)
-                work.replace(folder)
     return folder
 
 

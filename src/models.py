@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from src.config import LoraConfig, ModelConfig, QuantConfig
 from src.errors import UserError
-from src.files import cache_dir, digest, file_digest, folder_state, made_once
+from src.files import cache_dir, digest, file_digest, filled_atomically, folder_state, made_once
 from src.layers import Layer, blocks, depth, peft_indices
 from src.packaged import packaged_folder
 
@@ -374,5 +374,9 @@ def _is_matrix(module: Any) -> bool:
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Writes the adapter so that `PeftModel.from_pretrained(base, folder)` gives this model again."""
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)  # pyright: ignore[reportArgumentType]
+    """Writes the adapter so that `PeftModel.from_pretrained(base, folder)` gives this model again.
+
+    The folder is written whole or not at all. Raises DiskError.
+    """
+    with filled_atomically(folder) as work:
+        adapted.save_pretrained(str(work), save_embedding_layers=False)  # pyright: ignore[reportArgumentType]

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from src.errors import UserError
+from src.errors import DiskError, UserError
 from src.files import write_text
 
 FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
@@ -60,7 +60,12 @@ def write_job(
 
 
 def clear(folder: Path) -> None:
-    """Takes an earlier attempt's results out of a job's folder, so that none of them can pass for the new ones."""
+    """Takes an earlier attempt's results out of a job's folder, so that none of them can pass for the new ones.
+
+    Temporary files that a killed attempt has left go, too.
+    """
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     for name in ("results.json", FAILED, PRUNED, "search.csv", "training.csv", "layers.csv", "pairs.csv"):
         (folder / name).unlink(missing_ok=True)
     for figure in (folder / "plots").glob("*.png"):
@@ -70,11 +75,15 @@ def clear(folder: Path) -> None:
 
 
 def record_failure(folder: Path, error: Exception) -> None:
-    """Leaves in a job's folder what ended it, in one line."""
+    """Leaves in a job's folder what ended it, in one line; on a full disk an empty file, which needs no room."""
     said = " ".join(str(error).split())
-    if not isinstance(error, UserError):
+    if not isinstance(error, UserError | DiskError):
         said = f"{type(error).__name__}: {said}"
-    write_text(folder / FAILED, json.dumps({"error": said, "kind": type(error).__name__}, ensure_ascii=False) + "\n")
+    text = json.dumps({"error": said, "kind": type(error).__name__}, ensure_ascii=False) + "\n"
+    try:
+        write_text(folder / FAILED, text)
+    except DiskError:
+        (folder / FAILED).touch()
 
 
 def record_pruned(folder: Path, found: Mapping[str, Any]) -> None:
@@ -89,7 +98,8 @@ def outcome(folder: Path) -> tuple[str, str | None]:
     if (folder / PRUNED).exists():
         return "pruned", json.loads((folder / PRUNED).read_text(encoding="utf-8"))["pruned"]
     if (folder / FAILED).exists():
-        return "failed", json.loads((folder / FAILED).read_text(encoding="utf-8"))["error"]
+        said = (folder / FAILED).read_text(encoding="utf-8")
+        return "failed", json.loads(said)["error"] if said else "its disk is full"
     return ("killed" if folder.exists() else "pending"), None
 
 

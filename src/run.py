@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from src import console
 from src.config import ROOT, Config, read_config, refuse_odd_options, register
-from src.errors import Pruned, UserError
-from src.files import write_text
+from src.errors import DiskError, Pruned, UserError
+from src.files import disk_error, write_text
 from src.tracking import public_uri
 
 if TYPE_CHECKING:
@@ -173,7 +173,11 @@ def _attempt(composed: DictConfig, folder: Path, planned: Mapping[str, Any] | No
         print(f"pruned: {pruned}")
     except Exception as error:
         log.error("%s", error, exc_info=error)
-        results.record_failure(folder, error)
+        try:
+            results.record_failure(folder, error)
+        except OSError:  # a disk that takes nothing at all: a sweep's end could only say that the job was killed
+            if planned:
+                console.fail(public_uri(f"{planned['name']}: {error}"))
         _print_traceback(error)
         return error
     return None
@@ -215,7 +219,7 @@ def main() -> int:
             raise
         return _report(end.code, None)
     except Exception as error:
-        return _report(error, None)
+        return _report(disk_error(error, sweep.place) or error, None)  # Hydra's own writing doesn't say where
     finally:
         sweep.close()  # a sweep that was interrupted
     return max((_report(error, folder) for folder, error in _errors), default=min(sweep.failures, 1))
@@ -242,6 +246,9 @@ def _report(error: Exception, folder: Path | None) -> int:
     if folder is None and type(error).__module__.startswith(("hydra.", "omegaconf.")):
         console.fail(public_uri(_hydra_line(error)))
         return 2
+    if isinstance(error, DiskError):
+        console.fail(f"the job failed: {error}")
+        return 1
     where = f"; {folder}/run.log has the traceback" if folder else "; --debug shows the traceback"
     console.fail(public_uri(f"the job failed: {type(error).__name__}: {error}{where}"))
     return 1

@@ -23,7 +23,7 @@ from hydra.experimental.callback import Callback
 
 from src import console, summary, tracking, workers
 from src.config import ROOT, read_config, run_name
-from src.errors import UserError
+from src.errors import DiskError, UserError
 from src.files import write_text
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
 from src.results import FAILED, SETTLED, outcome
@@ -46,6 +46,7 @@ class Sweep:
 
 _current: Sweep | None = None  # of this process; Hydra keeps nothing of a callback's that main could ask
 failures = 0  # of the sweep that this process closed
+place = Path()  # of the run or sweep under way, where Hydra makes its folders
 
 
 class SweepCallback(Callback):
@@ -53,7 +54,9 @@ class SweepCallback(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Refuses a bad config before Hydra makes a job folder."""
+        global place
         with _passed_on():
+            place = Path(config.hydra.run.dir)
             read = read_config(without_hydra(config))
             if read.sweep.dry_run:
                 print(f"would run  {run_name(read)}")
@@ -84,8 +87,8 @@ def _passed_on() -> Iterator[None]:
 
 def begin(config: DictConfig) -> None:
     """Plans the sweep and opens it, or ends the program where there is nothing to run. Raises UserError."""
-    global _current, failures
-    _current, failures = None, 0
+    global _current, failures, place
+    _current, failures, place = None, 0, Path(config.hydra.sweep.dir)
     workers.prepare(config)
     search = _search(config)
     planned = search.plan if search else plan(config)
@@ -117,8 +120,9 @@ def begin(config: DictConfig) -> None:
     if store:
         with tracking.warned(f"the sweep's run: {tracking.later(planned.folder)}"):
             document["mlflow_run_id"] = open_run(store, document, earlier)
-    _current = Sweep(planned.folder, document, store, search)
-    write()
+    opened = Sweep(planned.folder, document, store, search)
+    _write(opened)  # its disk may be full
+    _current = opened
 
 
 def _search(config: DictConfig) -> Search | None:
@@ -221,7 +225,9 @@ def record(document: Mapping[str, Any], folder: Path, store: tracking.Store | No
     from src.overview import draw_overview  # it imports matplotlib, which --help needn't wait for
 
     found = summary.read_results(document["jobs"])
-    figures = draw_overview(found, folder / "overview", document["id"])
+    figures: list[Path] = []
+    with _as_room_allows():
+        figures = draw_overview(found, folder / "overview", document["id"])
     if store is None or document["mlflow_run_id"] is None:
         return None
     statuses, search = {job["status"] for job in document["jobs"]}, document.get("search")
@@ -284,7 +290,8 @@ def stop() -> None:
     if _current is None:
         return
     _current.document["ended"] = _now()
-    _write(_current)
+    with _as_room_allows():
+        _write(_current)
     workers.end([Path(job["folder"]) for job in _current.document["jobs"]])
 
 
@@ -300,7 +307,8 @@ def close() -> None:
     for job in jobs:
         job["status"], job["error"] = outcome(Path(job["folder"]))
     sweep.document["ended"] = _now()
-    _write(sweep)
+    with _as_room_allows():
+        _write(sweep)
     failures = sum(job["status"] not in SETTLED for job in jobs)
     link = None
     with tracking.warned(f"the sweep's run: {tracking.later(sweep.folder)}"):
@@ -308,6 +316,15 @@ def close() -> None:
         if "killed" in {job["status"] for job in jobs}:
             tracking.close_lost(sweep.store)
     _print_end(sweep.document, link)
+
+
+@contextmanager
+def _as_room_allows() -> Iterator[None]:
+    """A full disk doesn't keep a sweep from ending in good order."""
+    try:
+        yield
+    except DiskError as error:
+        console.warn(str(error))
 
 
 def write() -> None:

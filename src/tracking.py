@@ -349,6 +349,17 @@ class Discreet(logging.Formatter):
         return public_uri(super().format(record))
 
 
+class RunLog(logging.FileHandler):
+    """run.log, which falls silent where its disk is full: logging would print tracebacks on the terminal instead."""
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        pass
+
+
 def database(uri: str) -> Path | None:
     """The file of a local store; None for a server."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
