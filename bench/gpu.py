@@ -20,7 +20,7 @@ import torch
 
 from bench import peers
 from bench.peers import Task
-from src.layers import Prompt, blocks, encode, peft_indices
+from src.layers import Prompt, blocks, encode, peft_indices, tree_size
 from src.training import Objective, Schedule, train
 
 SHAPES = {  # vocabulary, width, width inside the MLP, blocks, heads, heads of keys and values
@@ -54,7 +54,7 @@ def report(shape: str, weights: Literal["bf16", "nf4"], device: torch.device, re
         model = in_4_bit(model, device)
     prompts = some_prompts(2 * PAIRS, model.config.vocab_size)
     source, target = prompts[:TRAINED], prompts[PAIRS : PAIRS + TRAINED]
-    tokens = sum(len(prompt.ids) for prompt in dict.fromkeys(prompts))
+    tokens = tree_size(prompts)
     matrices = SHAPES[shape]
     work = 2 * tokens * (blocks_weights(matrices))
     rate = product_rate(matrices, device, repeats)

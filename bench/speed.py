@@ -33,7 +33,7 @@ from bench.peers import Task
 from bench.scale import cache_with_models
 from src import study
 from src.config import Config, read_config, register
-from src.layers import TOKEN_BUDGET, _similar_batches, _tree_size, encode, tokenize
+from src.layers import encode, tokenize, tree_size
 from src.models import LoadedModel, _held, adapter, load_model
 from src.packaged import packaged_folder
 
@@ -180,8 +180,7 @@ def arithmetic(repeats: int) -> None:
     """Encoding's share of the rate at which this machine multiplies matrices of the same shapes."""
     it = prepared(setting())
     distinct = list(dict.fromkeys(it.source + it.target))
-    batches = _similar_batches(distinct, TOKEN_BUDGET)
-    tokens = sum(_tree_size([distinct[row] for row in rows]) for rows in batches)  # padding is no work done
+    tokens = tree_size(distinct)  # what words share is run once, and padding is no work done
     weights = _matrices(it.loaded)
     work = 2 * sum(weight.numel() for weight in weights)  # operations a token
     inputs = {width: torch.randn(512, width) for width in {weight.shape[1] for weight in weights}}

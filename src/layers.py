@@ -187,7 +187,7 @@ _WASTE = 1.05  # what cutting may cost in tokens: rows repeat what all begin wit
 
 def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
     """Places of the prompts of each row: as many even rows, of at most about _ROW tokens, as waste little."""
-    size = _tree_size(prompts)
+    size = tree_size(prompts)
     for rows in range(-(-size // _ROW), 1, -1):
         for capacity in range(-(-size // rows), int(_WASTE * size / rows) + 1):
             if len(members := _similar_batches(prompts, capacity)) <= rows:
@@ -217,8 +217,8 @@ class _Tree:
             self.paths.append(path[1:])
 
 
-def _tree_size(prompts: Sequence[Prompt]) -> int:
-    """Tokens of the tree of all of the prompts."""
+def tree_size(prompts: Sequence[Prompt]) -> int:
+    """Tokens of the tree of all of the prompts, where what several begin with counts once."""
     ordered = sorted(prompt.ids for prompt in prompts)
     return sum(len(ids) - _shared(ids, before) for ids, before in zip(ordered, [(), *ordered], strict=False))
 
