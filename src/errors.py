@@ -16,5 +16,9 @@ class DiskError(OSError):
         return f"{self.filename} can't be written: {self.strerror}; {self.advice}"
 
 
+class NumbersError(Exception):
+    """A number that isn't finite where a result should come from: the job has failed, and no verdict may come of it."""
+
+
 class Pruned(Exception):  # noqa: N818 (not an error: the job is neither done nor failed)
     """A search has stopped this job, whose pruned.json says when and why."""

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from src.errors import UserError
+from src.errors import NumbersError, UserError
+from src.finite import likely_cause
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Bool, Float, Int
@@ -341,6 +341,7 @@ def encoded_batches(
     """Yields (places among the prompts, their unit vectors) of one batch after the other.
 
     Packed where the model allows it; else batches of equal token count, in which nothing is padded either.
+    Raises NumbersError for hidden states without a direction.
     """
     together = packs(model, prompts)
     batches = (_similar_batches if together else _equal_length_batches)(prompts, TOKEN_BUDGET)
@@ -351,7 +352,14 @@ def encoded_batches(
             vectors = torch.empty(len(layers), len(rows), width(model))  # on the CPU: 8B's take a gigabyte a batch
             for layer, states in pooled_states(model, form([prompts[row] for row in rows]), layers):
                 vectors[place[layer]] = states
+            if vectors.sum().isnan():
+                raise NumbersError(_no_direction(model, layers, vectors))
             yield rows, vectors
+
+
+def _no_direction(model: nn.Module, layers: Sequence[Layer], vectors: Float[Tensor, "layers rows d"]) -> str:
+    layer = layers[int(vectors.isnan().flatten(1).any(dim=1).nonzero()[0])]
+    return f"hidden states at layer {layer} are not finite, too large or all zero: {likely_cause(model)}"
 
 
 def _similar_batches(prompts: Sequence[Prompt], budget: int) -> list[list[int]]:
@@ -396,8 +404,13 @@ def _equal_length_batches(prompts: Sequence[Prompt], budget: int) -> list[list[i
 def _pool(
     hidden: Float[Tensor, "rows length d"], matrix: Float[Tensor, "rows most length"], places: Int[Tensor, " prompts"]
 ) -> Float[Tensor, "prompts d"]:
-    mean = torch.bmm(matrix.to(hidden.device), hidden.float())
-    return functional.normalize(mean.flatten(0, 1)[places.to(hidden.device)], dim=-1)
+    """Unit vectors of the mean hidden states; NaN where there is none.
+
+    A norm beyond float32 would make zeros of finite numbers, which look like a result.
+    """
+    mean = torch.bmm(matrix.to(hidden.device), hidden.float()).flatten(0, 1)[places.to(hidden.device)]
+    norm = mean.norm(dim=-1, keepdim=True)
+    return mean / norm.where((norm > 0) & (norm < torch.inf), torch.nan)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedTokenizerBase
 
-from src.errors import UserError
+from src.errors import NumbersError, UserError
+from src.finite import likely_cause
 from src.layers import Progress, evaluating, text_config
 from src.pairs import Pair, word_key
 
@@ -26,6 +28,7 @@ _LOGITS = 2**24
 _ROWS = 64  # sequences in one forward; each brings a copy of the prompt's keys and values
 _POSITIONS = 256  # tokens of a text in one forward
 _MAX_TOKENS = 1024
+_LARGEST = math.log(sys.float_info.max)
 
 
 def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
@@ -49,7 +52,8 @@ def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) 
             cache = output.past_key_values
             following = tokens[0, start + 1 : start + 1 + piece.shape[1]]
             total += cross_entropy(output.logits[0].float(), following, reduction="sum").item()
-    return math.exp(total / (len(ids) - 1))
+    surprise = total / (len(ids) - 1)
+    return math.inf if surprise > _LARGEST else math.exp(surprise)
 
 
 def translation_accuracy(
@@ -89,7 +93,9 @@ def translation_accuracy(
         prompt = model(input_ids=shared, use_cache=True, logits_to_keep=1).past_key_values
         for batch in progress(batches, "Translating words") if progress else batches:
             scores = _scores(model, prompt, [tails[i] for i in batch], [answers[i] for i in batch])
-            # The right one stands first. Strictly above all others: a tie (or a NaN) is no sign of knowing.
+            if not all(math.isfinite(score) for row in scores for score in row):
+                raise NumbersError(f"a translation's log-probability is not a finite number: {likely_cause(model)}")
+            # The right one stands first. Strictly above all others: a tie is no sign of knowing.
             right += sum(all(row[0] > other for other in row[1:]) for row in scores)
     return right / len(words)
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from src.errors import DiskError, UserError
+from src.errors import DiskError, NumbersError, UserError
 from src.files import write_text
 
 FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
@@ -34,13 +34,13 @@ def write_job(
 ) -> None:
     """Writes all of a job's tables and figures, and results.json last: where it stands, the job is whole.
 
-    Raises ValueError for a number that isn't finite: none may pass for a result.
+    Raises NumbersError for a number that isn't finite: none may pass for a result.
     """
     from src.plots import draw_all
 
     for key, value in results.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} is {value}: not a result")
+            raise NumbersError(f"{key} is {value}: not a result")
     write_table(folder / "layers.csv", LAYER_COLUMNS, layers)
     write_table(folder / "pairs.csv", PAIR_COLUMNS, pairs)
     if losses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from src.baseline import baseline_encoding, baseline_values, encoding_key
 from src.config import Config, DatasetConfig, config_hash, inputs_digest, params, resolve_layers, run_name
-from src.errors import UserError
+from src.errors import NumbersError, UserError
 from src.evidence import SpecificityResult, gather_evidence, judge
+from src.finite import check_weights, likely_cause
 from src.layers import Layer, Progress, Prompt, all_layers, encode, tokenize
 from src.measures import measure, pair_cosines, retrieval_ranks
 from src.models import LoadedModel, unpacked
@@ -23,7 +25,7 @@ from src.pairs import split as split_pairs
 from src.probes import perplexity, translation_accuracy
 from src.results import git_commit, versions
 from src.tracking import public_uri
-from src.training import NumbersError, Objective, Schedule, train
+from src.training import Objective, Schedule, train
 from src.vectors import Vectors, encode_words
 
 Stage = Literal["pilot", "before", "after"]
@@ -75,15 +77,10 @@ class Encoding:
     study: Study
 
     def at(self, layer_index: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """(source, target) of some of the pairs at one layer. Raises NumbersError where they aren't finite numbers."""
+        """(source, target) of some of the pairs at one layer."""
         n = len(self.study.pairs)
         start, stop, _ = rows.indices(n)
         source, target = (self.vectors.at(layer_index, slice(start + at, stop + at)) for at in (0, n))
-        if not (source.isfinite().all() and target.isfinite().all()):
-            raise NumbersError(
-                f"hidden states at layer {self.study.layers[layer_index]} are not finite numbers: the weights are "
-                f"damaged, or overflow in model.dtype={self.study.config.model.dtype} (try bfloat16 or float32)"
-            )
         return source, target
 
 
@@ -140,7 +137,8 @@ def _params(study: Study) -> dict[str, str]:
 
 
 def encode_before(study: Study, progress: Progress) -> Encoding:
-    """The untouched model's vectors, from the cache where an earlier run made them."""
+    """The untouched model's vectors, from the cache where an earlier run made them, once its weights are sound."""
+    check_weights(study.loaded.model)
     return Encoding(baseline_encoding(study.loaded, study.source + study.target, progress), study)
 
 
@@ -200,6 +198,9 @@ def probe(study: Study, model: nn.Module, when: Literal["before", "after"], prog
         f"lm/perplexity_{language}_{when}": perplexity(model, tokenizer, text)
         for language, text in progress(list(_texts(study).items()), f"Reading texts {when}")
     }
+    for key, value in found.items():
+        if not math.isfinite(value):
+            raise NumbersError(f"{key} is {value}: {likely_cause(model)}")
     accuracy = translation_accuracy(
         model,
         tokenizer,

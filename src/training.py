@@ -11,8 +11,10 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
-from src.errors import UserError
+from src.errors import NumbersError, UserError
+from src.finite import likely_cause
 from src.layers import Layer, Progress, Prompt, distinct_prompts, encode, packed, packs, pooled_states, stacked
 from src.objectives import infonce_loss, nearest_wrong, triplet_loss
 
@@ -44,10 +46,6 @@ class Schedule:
     seed: int = 0
 
 
-class NumbersError(Exception):
-    """A loss that is no finite number: the run has failed, and no verdict may come of it."""
-
-
 def train(
     model: nn.Module,
     source: Sequence[Prompt],
@@ -65,8 +63,8 @@ def train(
     source i, padded with -1, and none of them ever serves as its negative. `after_epoch` is called with the number of
     each epoch that ends, from 1; it may encode (`layers.encode` leaves modes and random numbers alone) or raise.
 
-    Raises NumbersError when a loss or gradient isn't finite, naming the step; UserError when a source has every
-    pair's target among its translations.
+    Raises NumbersError when a loss, a gradient or the adapter after a step isn't finite, naming the step; UserError
+    when a source has every pair's target among its translations.
     """
     if (relevant >= 0).sum(axis=1).max() >= len(source):
         raise UserError(
@@ -93,10 +91,9 @@ def train(
             loss = batch_loss(model, source, target, pairs, negatives, right.among(pairs), objective, joint=joint)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        _check_finite(loss, weights, step, objective, schedule)
         optimizer.step()
         pace.step()
-        losses.append(loss.item())
+        losses.append(_finite(loss, weights, model, step, len(steps)))
         if after_epoch and (step + 1) % (len(steps) // schedule.epochs) == 0:
             after_epoch((step + 1) * schedule.epochs // len(steps))
     model.eval()
@@ -234,16 +231,21 @@ def _pace(step: int, n_steps: int, warmup: float) -> float:
     return (step + 1) / rising if step < rising else (n_steps - step) / max(1, n_steps - rising)
 
 
-def _check_finite(loss: Tensor, weights: Sequence[Tensor], step: int, objective: Objective, schedule: Schedule) -> None:
-    what = "" if torch.isfinite(loss) else "loss"
-    grads = [weight.grad for weight in weights if weight.grad is not None]
-    if not what and not all(torch.isfinite(grad).all() for grad in grads):
-        what = "gradient"
-    if what:
-        raise NumbersError(
-            f"the {what} is not a finite number at step {step} (learning rate {schedule.learning_rate:g}, precision "
-            f"{schedule.precision}, {objective.name}): lower train.learning_rate, or set train.precision=float32"
-        )
+def _finite(loss: Tensor, weights: Sequence[Tensor], model: nn.Module, step: int, n_steps: int) -> float:
+    """The loss, once it, its gradient and the adapter that came of it are known to be finite: one look at the device.
+
+    A norm isn't finite where one of its numbers isn't, or where their squares leave float32: too large to train with.
+    """
+    gradient = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    adapter = get_total_norm([weight.detach() for weight in weights])
+    found = torch.stack([loss.detach(), *(norm.to(loss.device, loss.dtype) for norm in (gradient, adapter))]).tolist()
+    for what, value in zip(("loss", "gradient", "adapter"), found, strict=True):
+        if not math.isfinite(value):
+            cause = likely_cause(model)
+            if step == 0 and what != "adapter":  # before the first update, so the learning rate can't be the cause
+                cause = "raise objective.temperature, or set train.precision=float32 and model.dtype=float32"
+            raise NumbersError(f"the {what} is not a finite number at step {step + 1} of {n_steps}: {cause}")
+    return found[0]
 
 
 def _device_type(model: nn.Module) -> str:

@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional
 
 from src.config import LoraConfig
-from src.errors import UserError
+from src.errors import NumbersError, UserError
 from src.layers import encode, tokenize
 from src.models import adapter
-from src.training import NumbersError, Objective, Schedule, batch_loss, train
+from src.training import Objective, Schedule, batch_loss, train
 
 SOURCE = ["maji", "moto", "nyumba", "mti", "samaki", "ndege", "jua", "mwezi", "nyota"]
 TARGET = ["water", "fire", "house", "tree", "fish", "bird", "sun", "moon", "star"]
@@ -118,7 +118,8 @@ def test_a_word_that_everything_translates_is_refused(tiny):
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tiny):
     with adapter(tiny.model, LORA, [1, 2], seed=1) as model:
         next(weight for weight in model.parameters() if weight.requires_grad).data.fill_(torch.nan)
-        with pytest.raises(NumbersError, match=r"is not a finite number at step 0 .*train.learning_rate"):
+        # torch's attention without a mask makes zeros of a query's NaN: then the loss is finite, and its gradient isn't
+        with pytest.raises(NumbersError, match=r"the (loss|gradient) is not a finite number at step 1 of 6: .*train.p"):
             train(model, *words(tiny), OWN, TRIPLET, PLAN)
 
 
