@@ -1,0 +1,78 @@
+"""What each idea for speed is worth in encoding: python -m bench.levers [--repeats 5]. SmolLM2-135M, 1,372 words.
+
+Each row is encoding at every layer with one thing changed; they take turns within one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bench.speed import prepared, setting, table, take_turns
+from src import layers
+from src.models import adapter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.levers", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    it = prepared(setting("lora.layers=[1,2]"))
+    prompts, model = [*it.source, *it.target], it.loaded.model
+    half = copy.deepcopy(model).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
+    compiled: Any = copy.deepcopy(model)
+    for block in layers.blocks(compiled):
+        block.compile(dynamic=True)
+    began = time.perf_counter()
+    layers.encode(compiled, prompts)
+    first = time.perf_counter() - began
+
+    def encode(own: Any = model, **changed: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            with _changed(**changed):
+                return layers.encode(own, prompts)
+
+        return call
+
+    rows = {
+        "as it is": encode(),
+        "batches of 512 tokens": encode(TOKEN_BUDGET=512),
+        "rows as long as the batch": encode(_ROW=10**6),
+        "nothing shared: a row a word, batches of equal length": encode(packs=lambda *_: False),
+        "torch.compile, block by block": encode(compiled),
+        "weights and activations in bfloat16": encode(half),
+    }
+    table(take_turns(rows, repeats), "as it is")
+    print(f"\ntorch.compile's first call: {first:.1f} s")
+    with adapter(model, it.config.lora, [1, 2], seed=0) as adapted:
+        seconds = take_turns({"beside the weights": encode(adapted)}, repeats)
+        merged = copy.deepcopy(adapted).merge_and_unload()  # pyright: ignore[reportCallIssue]
+        seconds |= take_turns({"merged": encode(merged)}, repeats)
+    print("\nWith an adapter in blocks 1 and 2:\n")
+    table(seconds, "beside the weights")
+
+
+@contextmanager
+def _changed(**values: Any) -> Iterator[None]:
+    before = {name: getattr(layers, name) for name in values}
+    for name, value in values.items():
+        setattr(layers, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(layers, name, value)
+
+
+if __name__ == "__main__":
+    main()
