@@ -10,8 +10,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from src import layers, measures, probes
-from src.files import cache_dir, digest, file_digest, write_text, written_atomically
+from src import console, layers, measures, probes
+from src.errors import DiskError
+from src.files import cache_dir, digest, file_digest, room_for, write_text, written_atomically
 from src.layers import Progress, Prompt
 from src.models import LoadedModel
 from src.vectors import Vectors, encode_words, stored
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 # A change of the code that measures makes a new key, as a change of the model does.
 _MODULES = {"encodings": layers, "measures": measures, "probes": probes}
 _CODE = {name: file_digest(Path(str(module.__file__))) for name, module in _MODULES.items()}
+_warned: set[Path] = set()  # caches of which this process has said that they can't be written
 
 
 def encoding_key(loaded: LoadedModel, prompts: Sequence[Prompt]) -> str:
@@ -37,28 +39,41 @@ def baseline_encoding(loaded: LoadedModel, prompts: Sequence[Prompt], progress: 
     """
     file = cache_dir() / "encodings" / f"{encoding_key(loaded, prompts)}.f32"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
-            if not _whole(file):
-                with written_atomically(file) as temporary:
-                    with temporary.open("r+b") as handle:
-                        encode_words(loaded.model, prompts, file=handle, progress=progress)
-                    write_text(file.with_suffix(".sha256"), file_digest(temporary))
+        if not _whole(file):
+            with room_for(file):
+                _encode_into(file, loaded, prompts, progress)
         with file.open("rb") as handle:
             return stored(handle, loaded.model, prompts)
     except OSError as error:
-        log.warning("%s can't be written or read (%s): not kept", file, error)
+        _not_kept(file, error)
         return encode_words(loaded.model, prompts, progress=progress)
 
 
+def _encode_into(file: Path, loaded: LoadedModel, prompts: Sequence[Prompt], progress: Progress | None) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if _whole(file):  # by now
+            return
+        if file.exists():
+            log.warning("%s is damaged (its digest differs): made again", file)
+        with written_atomically(file) as temporary:
+            with temporary.open("r+b") as handle:
+                encode_words(loaded.model, prompts, file=handle, progress=progress)
+            write_text(file.with_suffix(".sha256"), file_digest(temporary))
+
+
 def _whole(file: Path) -> bool:
-    if not file.exists():
-        return False
     expected = file.with_suffix(".sha256")
-    if expected.exists() and expected.read_text(encoding="utf-8") == file_digest(file):
-        return True
-    log.warning("%s is damaged (its digest differs): made again", file)
-    return False
+    return file.exists() and expected.exists() and expected.read_text(encoding="utf-8") == file_digest(file)
+
+
+def _not_kept(file: Path, error: OSError) -> None:
+    """A cache that can't be written costs time alone: the log names each entry, the terminal hears of it once."""
+    log.warning("%s can't be written or read (%s): not kept", file, error.strerror or error)
+    if cache_dir() not in _warned:
+        _warned.add(cache_dir())
+        advice = error.advice if isinstance(error, DiskError) else "have TLI_CACHE name another folder"
+        console.warn(f"the cache {cache_dir()} keeps nothing of this run: {error.strerror or error}; {advice}")
 
 
 def baseline_values(kind: str, loaded: LoadedModel, inputs: str, make: Callable[[], Any]) -> Any:
@@ -80,5 +95,5 @@ def baseline_values(kind: str, loaded: LoadedModel, inputs: str, make: Callable[
     try:
         write_text(file, json.dumps({"values": values, "sha256": digest(json.dumps(values))}))
     except OSError as error:
-        log.warning("%s can't be written (%s): not kept", file, error)
+        _not_kept(file, error)
     return values

@@ -106,6 +106,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
     Processes that ask at the same time wait for one of them to do the work; a folder that exists is whole.
     """
+    if folder.exists():  # asked without the lock, which a read-only cache would refuse
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from src.config import LoraConfig, ModelConfig, QuantConfig
 from src.errors import UserError
-from src.files import cache_dir, digest, file_digest, filled_atomically, folder_state, made_once
+from src.files import cache_dir, digest, file_digest, filled_atomically, folder_state, made_once, room_for
 from src.layers import Layer, blocks, depth, peft_indices
 from src.packaged import packaged_folder
 
@@ -71,7 +71,8 @@ def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
     disable_progress_bar()  # ours say what takes long
     log.info("loading %s in process %d with %d threads", config.name, os.getpid(), torch.get_num_threads())
     device = _device(config)
-    folder, revision = _locate(config)
+    with room_for(cache_dir() / "models"):
+        folder, revision = _locate(config)
     model, tokenizer = _from_folder(folder, config, quant, device)
     model.eval().requires_grad_(False)
     _keep_4bit_weights(model)

@@ -425,12 +425,15 @@ def _prepare(file: Path) -> None:
                 if not file.exists():
                     with written_atomically(file) as temporary:
                         SqlAlchemyStore(f"sqlite:///{temporary}", str(file.parent / "artifacts"))._dispose_engine()
+        for place in (file.parent, file.parent / "artifacts"):  # SQLite writes a journal beside the database
+            if place.exists() and not os.access(place, os.W_OK):
+                raise OSError(f"{place} is read-only")
         with closing(sqlite3.connect(file, timeout=30)) as connection:
             connection.execute("BEGIN IMMEDIATE")  # fails here and now where the file can't be written
             connection.rollback()
             (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone() or (None,)
     except (OSError, sqlite3.Error, SQLAlchemyError, MlflowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _disk(error) or (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"tracking.uri: {file} can't be used as MLflow's database ({reason}); "
             "choose another file, move this one away, or run with tracking=off"
@@ -507,7 +510,16 @@ def _client(uri: str) -> Iterator[Any]:
             reason = f"it answers with error {failed[1]}"
         elif _mute(error):
             reason = "no answer"
+        reason = _disk(error) or reason
         raise TrackingError(f"{public_uri(uri)}: {public_uri(reason)[:300]}") from error
+
+
+def _disk(error: Exception) -> str | None:
+    """What SQLite, copying files and our own writing say of a full or read-only disk, in one way."""
+    if re.search(r"No space left on device|quota exceeded|disk is full", str(error)):
+        return "its disk is full"
+    closed = r"readonly database|unable to open database|Read-only file system"  # the second: its journal
+    return "it can't be written" if re.search(closed, str(error)) else None
 
 
 def _mute(error: Exception) -> bool:
@@ -629,8 +641,9 @@ def finish(run_id: str, uri: str, status: Literal["FINISHED", "FAILED", "KILLED"
 def close_orphans(uri: str, experiment: str) -> int:
     """Marks as KILLED this host's open runs whose process is gone; returns how many. Raises TrackingError."""
     with _client(uri) as client:
+        known = client.get_experiment_by_name(experiment)
         mine = f"attributes.status = 'RUNNING' AND tags.host = '{socket.gethostname()}'"
-        runs = client.search_runs([_experiment(client, uri, experiment)], mine, max_results=1000)
+        runs = client.search_runs([known.experiment_id], mine, max_results=1000) if known else []
         gone = [run.info.run_id for run in runs if not _alive(run.data.tags)]
         # Asked again now that the process is known to be dead: one that ended in the meantime has closed its run.
         orphans = [run_id for run_id in gone if client.get_run(run_id).info.status == "RUNNING"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.files import cache_dir
+from src.files import cache_dir, room_for
 from src.layers import Progress, Prompt, all_layers, depth, distinct_prompts, encoded_batches, width
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
@@ -49,7 +49,7 @@ def encode_words(
 ) -> Vectors:
     """Vectors of the prompts at all layers, in `file` where one is given.
 
-    Raises OSError at once where the disk can't hold them.
+    Raises OSError (DiskError without `file`) at once where the disk can't hold them.
     """
     distinct, row_of = distinct_prompts(prompts)
     layers = all_layers(depth(model))
@@ -79,6 +79,10 @@ def _room_in(file: IO[bytes], shape: tuple[int, ...], row_of: Int[np.ndarray, " 
 def _room(shape: tuple[int, ...], row_of: Int[np.ndarray, " prompts"]) -> Vectors:
     if 4 * math.prod(shape) <= IN_MEMORY:
         return Vectors(np.empty(shape, np.float32), row_of)
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=cache_dir()) as file:  # nameless: gone with the process, even if that is killed
-        return _room_in(file, shape, row_of)
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir()) as file:  # nameless: gone with the process, even if that is killed
+            return _room_in(file, shape, row_of)
+    except OSError:  # full or read-only
+        with room_for(cache_dir()), tempfile.TemporaryFile() as file:
+            return _room_in(file, shape, row_of)

@@ -42,14 +42,21 @@ def disk(folder: Path, size: str) -> Iterator[Disk]:
 
 
 @contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """Nobody can write below `folder` meanwhile, root neither; files that are open for writing stay so."""
-    _call("mount", "--bind", folder, folder)
+def bound(path: Path) -> Iterator[None]:
+    """A mount of its own for a file or folder, which may be unlike what is around it: writable in what is read-only."""
+    _call("mount", "--bind", path, path)
     try:
-        _call("mount", "-o", "remount,bind,ro", folder)
         yield
     finally:
-        _call("umount", "--lazy", folder)
+        _call("umount", "--lazy", path)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Nobody can write to the files of `folder` meanwhile, root neither; those that are open for writing stay so."""
+    with bound(folder):
+        _call("mount", "-o", "remount,bind,ro", folder)
+        yield
 
 
 @cache
