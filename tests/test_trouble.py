@@ -6,17 +6,19 @@ A real server behind tests/trouble.py's proxy, which fails at chosen requests; t
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from src import models, sync, tracking
+from src import models, search, sync, tracking
 from tests.conftest import run_command
 from tests.test_sweep import TINY, documents
 from tests.test_tracking import client
-from tests.trouble import Fault, Proxy, after, always, mlflow_server
+from tests.trouble import Fault, Proxy, Rule, after, always, every_other, in_turn, mlflow_server
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -124,13 +126,14 @@ def test_a_server_lost_in_mid_run_costs_a_warning_and_sync_makes_it_whole(
         assert len(set(proxy.requests[-3:])) == 1 and proxy.requests.count(proxy.requests[-1]) == 3
     (run,) = runs(server, tmp_path)
     assert run.info.status == "RUNNING"
+    if fault == "cut":
+        assert sync.main([str(folder)]) == 1
+        assert capsys.readouterr() == ("1 failed\n", f"{folder}: {proxy.uri}: no answer\n")
 
     proxy.rule = lambda _: None
     proxy.up() if fault == "down" else None
     assert synced(tmp_path / "multirun", capsys) == "1 recorded"
-    before = len(proxy.requests)
-    assert synced(tmp_path / "multirun", capsys) == "1 already recorded"
-    assert not [line for line in proxy.requests[before:] if not line.startswith("GET")]
+    check_nothing_is_left(proxy, tmp_path, capsys, "1 already recorded")
     (run,) = runs(server, tmp_path)
     check_whole(server, run, folder)
 
@@ -160,13 +163,29 @@ def test_a_sweep_goes_on_without_its_server(
         f"warning: tracking: {gone}; {folders[1]} {later}",
         f"warning: tracking: {gone}; the sweep's run: {folders[0].parent} {later}",
     ]
+    (file,) = tmp_path.glob("multirun/*/*/sweep.json")
+    file.write_text(json.dumps(document | {"ended": None}))  # as it is while other jobs are still at work
     proxy.rule = lambda _: None
     proxy.up()
-    assert synced(tmp_path / "multirun", capsys) == "2 recorded, 1 sweep completed"
-    before = len(proxy.requests)
-    assert synced(tmp_path / "multirun", capsys) == "2 already recorded"
-    assert not [line for line in proxy.requests[before:] if not line.startswith("GET")]
+    assert synced(tmp_path / "multirun", capsys) == "2 recorded"
+    file.write_text(json.dumps(document))
+    assert synced(tmp_path / "multirun", capsys) == "2 already recorded, 1 sweep completed"
+    check_nothing_is_left(proxy, tmp_path, capsys, "2 already recorded")
     check_family(server, tmp_path)
+
+    # What an earlier attempt has left is not told over the end of the later one, whose run it has become.
+    earlier = tmp_path / "multirun" / "earlier"
+    shutil.copytree(file.parent, earlier / "0")
+    (earlier / "0" / "sweep.json").write_text(json.dumps(document | {"id": "earlier/0", "ended": "yesterday"}))
+    check_nothing_is_left(proxy, tmp_path, capsys, "4 already recorded")
+
+
+def check_nothing_is_left(proxy: Proxy, folder: Path, capsys: pytest.CaptureFixture[str], said: str) -> None:
+    """`src.sync` only asks."""
+    before = len(proxy.requests)
+    assert synced(folder / "multirun", capsys) == said
+    asked = proxy.requests[before:]
+    assert asked and not [line for line in asked if not line.startswith("GET") and not line.endswith("/search")]
 
 
 def check_family(server: str, folder: Path) -> None:
@@ -184,3 +203,102 @@ def check_family(server: str, folder: Path) -> None:
         check_whole(server, run, Path(job["folder"]))
         assert run.info.run_name == job["name"] and run.data.tags["mlflow.runColor"]
         assert (run.data.tags["mlflow.parentRunId"], run.data.tags["sweep"]) == (parent.info.run_id, document["id"])
+
+
+def test_a_sweep_s_run_that_could_not_be_opened_is_made_later(
+    cli: Cli, server: str, proxy: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.rule = in_turn("runs/create", "500", "500")
+    status, out, err = cli("-m", "lora.rank=2,4")
+    (document,) = documents(tmp_path)
+    (file,) = tmp_path.glob("multirun/*/*/sweep.json")
+    assert status == 0 and document["mlflow_run_id"] is None and "in MLflow  http" in out
+    assert err == (
+        f"warning: tracking: {proxy.uri}: it answers with error 500; "
+        f"the sweep's run: {file.parent} is not uploaded: `python -m src.sync` does it later\n"
+    )
+    assert synced(tmp_path / "multirun", capsys) == "2 already recorded, 1 sweep completed"
+    check_nothing_is_left(proxy, tmp_path, capsys, "2 already recorded")
+    check_family(server, tmp_path)
+
+
+def test_lost_answers_make_nothing_twice(cli: Cli, server: str, proxy: Proxy, tmp_path: Path) -> None:
+    proxy.rule = every_other("lose")
+    status, out, err = cli("-m", "lora.rank=2,4")
+    assert (status, err) == (0, "") and "viewStateShareKey" in out
+    assert {"POST /api/2.0/mlflow/runs/create", "POST /api/2.0/mlflow/logged-models"} <= {*proxy.requests}
+    check_family(server, tmp_path)
+
+
+def lost_at(part: str, fault: Fault) -> Rule:
+    """The request with `part` meets the fault, and then the server is gone."""
+    gone = after("down", part)
+    return lambda request: gone(request) or (fault if part in request else None)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(lost_at("runs/create", "lose"), id="answer lost, then gone"),
+        pytest.param(after("down", "runs/create"), id="gone before the settings are logged"),
+        pytest.param(in_turn("runs/create", 3.0), id="carried out after the patience has ended"),
+    ],
+)
+def test_a_run_that_was_opened_in_trouble_is_found_again(
+    cli: Cli,
+    server: str,
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rule: Rule,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    proxy.rule = rule
+    status, out, err = cli()
+    (results,) = tmp_path.glob("multirun/*/*/*/results.json")
+    assert status == 0 and "in MLflow" not in out and json.loads(results.read_text())["mlflow_run_id"] is None
+    assert err == (
+        f"warning: tracking: {proxy.uri}: no answer; "
+        f"{results.parent} is not uploaded: `python -m src.sync` does it later\n"
+    )
+    limit = time.monotonic() + 20
+    while not runs(server, tmp_path) and time.monotonic() < limit:
+        time.sleep(0.1)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    proxy.rule = lambda _: None
+    proxy.down()
+    proxy.up()
+    assert synced(tmp_path / "multirun", capsys) == "1 recorded"
+    check_nothing_is_left(proxy, tmp_path, capsys, "1 already recorded")
+    (run,) = runs(server, tmp_path)
+    check_whole(server, run, results.parent)
+
+
+def test_a_pruned_job_is_uploaded_later(
+    cli: Cli,
+    server: str,
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = {"pruned": "too small a margin", "epoch": 1, "margin": 0.25}
+    monkeypatch.setattr(search, "judge", lambda *_: lambda *_: said)
+    proxy.rule = after("down", "runs/create")  # when the sweep's run has been opened
+    arguments = ("hydra/sweeper=optuna", "lora.rank=choice(2,4)", "hydra.sweeper.n_trials=1")
+    status, out, err = cli("-m", *arguments)
+    (document,) = documents(tmp_path)
+    (job,) = document["jobs"]
+    assert (status, job["status"], err.count("warning: ")) == (0, "pruned", 2) and "1 jobs: 1 pruned" in out
+    proxy.rule = lambda _: None
+    proxy.up()
+    assert synced(tmp_path / "multirun", capsys) == "1 recorded, 1 sweep completed"
+    check_nothing_is_left(proxy, tmp_path, capsys, "1 already recorded")
+    found = {run.info.run_id: run for run in runs(server, tmp_path)}
+    assert found.pop(document["mlflow_run_id"]).info.status == "FINISHED"
+    (run,) = found.values()
+    assert (run.info.status, run.info.run_name) == ("FINISHED", job["name"])
+    assert run.data.tags["mlflow.parentRunId"] == document["mlflow_run_id"]
+    assert run.data.tags["pruned"] == said["pruned"] and run.data.params["lora.rank"] in ("2", "4")
+    assert run.inputs.dataset_inputs and "verdict" not in run.data.tags

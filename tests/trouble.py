@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
@@ -43,17 +44,21 @@ def after(fault: Fault, part: str) -> Rule:
     return rule
 
 
-def first(fault: Fault, part: str = "") -> Rule:
-    """The first request of each first line with `part` meets the fault; the next such does not."""
-    seen: set[str] = set()
+def every_other(fault: Fault) -> Rule:
+    """Of requests with the same first line the first, the third … meet the fault."""
+    counts: Counter[str] = Counter()
 
     def rule(request: str) -> Fault | None:
-        if part not in request or request in seen:
-            return None
-        seen.add(request)
-        return fault
+        counts[request] += 1
+        return fault if counts[request] % 2 else None
 
     return rule
+
+
+def in_turn(part: str, *faults: Fault | None) -> Rule:
+    """The requests with `part` meet these faults, one after the other; those after the last meet none."""
+    left = list(faults)
+    return lambda request: left.pop(0) if left and part in request else None
 
 
 class Proxy:
@@ -112,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._forward(proxy.server, body)
             case _:
                 time.sleep(fault or 0)
-                self._answer(*self._forward(proxy.server, body))
+                with suppress(OSError):  # who asked may have lost patience
+                    self._answer(*self._forward(proxy.server, body))
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
