@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src import console
 from src.config import Config, config_hash, inputs_digest, read_config, run_name
 from src.errors import UserError
+from src.results import DamageError, read_results
 from src.tracking import public_uri
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ def plan(config: DictConfig) -> Plan:
     identities = [identity(job, digests) for job in configs]
     jobs = []
     for number, (job, (_, own)) in enumerate(zip(configs, composed, strict=True)):
-        stranger = _written_identity(own / "results.json")
+        stranger = None
+        with suppress(DamageError):
+            stranger = _written_identity(own)
         if stranger and stranger[0] != config_hash(job):  # under a fixed hydra.sweep.dir
             raise UserError(f"hydra.sweep.dir: {own} holds another job's results; choose another folder")
-        done = finished.get(identities[number])
+        done = whole_job(finished.get(identities[number], ()))
         jobs.append(entry(number, overrides[number], job, swept, done or own, reused=done is not None))
     return Plan(folder, given, swept, configs[0], jobs)
 
@@ -189,17 +192,39 @@ def sweep_id(folder: Path) -> str:
     return str(folder) if root == folder else folder.relative_to(root).as_posix()
 
 
-def done_jobs(root: Path) -> dict[Identity, Path]:
-    """Folders of the whole jobs below `root`, by config hash and digests of pairs and inputs; the newest of several."""
-    found = {}
-    for file in sorted(root.rglob("results.json"), key=lambda file: file.stat().st_mtime):
-        if written := _written_identity(file):
-            found[written] = file.parent
+def done_jobs(root: Path) -> dict[Identity, list[Path]]:
+    """Folders of the jobs below `root` with results, by config hash and digests of pairs and inputs, the newest first.
+
+    Names those whose results.json is damaged; for the other files see `whole_job`.
+    """
+    found: dict[Identity, list[Path]] = {}
+    for file in sorted(root.rglob("results.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            if written := _written_identity(file.parent):
+                found.setdefault(written, []).append(file.parent)
+        except DamageError as error:
+            _warn_damaged(file.parent, error)
     return found
 
 
-def _written_identity(results: Path) -> Identity | None:
-    with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: not done
-        found = json.loads(results.read_text(encoding="utf-8"))
+def whole_job(folders: Sequence[Path]) -> Path | None:
+    """The first of these jobs of one setting that is whole to the last file; what is damaged before it is named."""
+    for folder in folders:
+        try:
+            read_results(folder)
+        except (DamageError, OSError) as error:
+            _warn_damaged(folder, error)
+        else:
+            return folder
+    return None
+
+
+def _warn_damaged(folder: Path, error: Exception) -> None:
+    console.warn(f"{folder}: {error}: this job doesn't count as done")
+
+
+def _written_identity(folder: Path) -> Identity | None:
+    with suppress(OSError, KeyError, TypeError):  # absent, or of an earlier version: not done
+        found = read_results(folder, alone=True)
         return str(found["config_hash"]), str(found["dataset"]["digest"]), str(found["inputs_digest"])
     return None

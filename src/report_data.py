@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UserError
-from src.results import FAILED, read_table
+from src.results import FAILED, DamageError, read_results, read_table
 from src.summary import SEEDS
 from src.tracking import public_uri
 
@@ -163,7 +163,9 @@ def _read_job(sweep: Path, entry: Mapping[str, Any]) -> Job:
         return replace(job, status=status, problem=str(error or f"no results.json in {folder}"))
     try:
         results = _results(file, entry.get("config_hash"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except DamageError as error:
+        return replace(job, status="damaged", problem=f"{folder}/{error}; run the job again")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         return replace(job, status="damaged", problem=f"{file} is damaged ({reason}); run the job again")
     try:
@@ -173,7 +175,7 @@ def _read_job(sweep: Path, entry: Mapping[str, Any]) -> Job:
 
 
 def _results(file: Path, expected: str | None) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_results(file.parent)
     if not isinstance(found["verdict"], str):
         raise ValueError("its verdict is no word")
     if not all(isinstance(found.get(key) or {}, dict) for key in ("params", "dataset")):

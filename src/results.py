@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import DiskError, NumbersError, UserError
-from src.files import write_text
+from src.files import digest, file_digest, write_text
 
+RESULTS = "results.json"
 FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
+_TABLES = ("layers.csv", "pairs.csv", "training.csv", "search.csv")
 SETTLED = ("done", "pruned")  # jobs that a sweep doesn't run again
 LAYER_COLUMNS = ("layer", "stage", "split", "measure", "value")
 PAIR_COLUMNS = ("source", "target", "split", "cosine_before", "cosine_after", "rank_before", "rank_after")
@@ -53,7 +55,58 @@ def write_job(
         observed={split: result.gain for split, result in specificity.items()},
         title=results["name"],
     )
-    write_text(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_results(folder, results)
+
+
+# --- results.json vouches for the folder --------------------------------------------------------------------
+
+
+class DamageError(ValueError):
+    """A file of a job's folder isn't what the job wrote; names it, in the folder's own terms, and says why."""
+
+
+def write_results(folder: Path, found: Mapping[str, Any], name: str = RESULTS) -> None:
+    """Writes what a job found, with the digests of its other files (`files`) and of all the rest (`sha256`).
+
+    Whatever changes such a file later writes it by this, too; then `files` stays as it was.
+    """
+    rest = {key: value for key, value in found.items() if key != "sha256"}
+    rest = {"files": {path.relative_to(folder).as_posix(): file_digest(path) for path in _files(folder)}} | rest
+    text = json.dumps(rest | {"sha256": _own_digest(rest)}, indent=1, ensure_ascii=False)
+    write_text(folder / name, text + "\n")
+
+
+def read_results(folder: Path, name: str = RESULTS, *, alone: bool = False) -> dict[str, Any]:
+    """What `write_results` wrote, once the digests are seen to agree: of the file itself and, unless `alone`, of all.
+
+    Raises DamageError, and FileNotFoundError where there is no such file. A file of an earlier version has no digests.
+    """
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{name} is damaged ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict):
+        raise DamageError(f"{name} is damaged (it holds no keys)")
+    if found.keys() & {"sha256", "files"}:
+        rest = {key: value for key, value in found.items() if key != "sha256"}
+        if found.get("sha256") != _own_digest(rest):
+            raise DamageError(f"{name} is damaged (its digest differs)")
+        for file, expected in ({} if alone else rest["files"]).items():
+            if not (folder / file).is_file():
+                raise DamageError(f"{file} is missing")
+            if file_digest(folder / file) != expected:
+                raise DamageError(f"{file} is damaged (its digest differs)")
+    return found
+
+
+def _own_digest(rest: Mapping[str, Any]) -> str:
+    return digest(json.dumps(rest, sort_keys=True))
+
+
+def _files(folder: Path) -> list[Path]:
+    """What the numbers and the adapter stand in; figures are drawn from these."""
+    listed = [folder / name for name in _TABLES] + sorted((folder / "adapter").rglob("*"))
+    return [path for path in listed if path.is_file()]
 
 
 # --- how a job ended ----------------------------------------------------------------------------------------
@@ -88,18 +141,24 @@ def record_failure(folder: Path, error: Exception) -> None:
 
 def record_pruned(folder: Path, found: Mapping[str, Any]) -> None:
     """Writes what was found until a search ended the job, with `pruned`, why: all that the job's run needs."""
-    write_text(folder / PRUNED, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_results(folder, found, PRUNED)
 
 
 def outcome(folder: Path) -> tuple[str, str | None]:
-    """(done, pruned, failed, killed or pending; what ended it) of a job, from its folder."""
-    if (folder / "results.json").exists():
-        return "done", None
-    if (folder / PRUNED).exists():
-        return "pruned", json.loads((folder / PRUNED).read_text(encoding="utf-8"))["pruned"]
-    if (folder / FAILED).exists():
-        said = (folder / FAILED).read_text(encoding="utf-8")
-        return "failed", json.loads(said)["error"] if said else "its disk is full"
+    """(done, pruned, failed, killed or pending; what ended it) of a job, from its folder; damaged is failed."""
+    try:
+        if (folder / RESULTS).exists():
+            read_results(folder)
+            return "done", None
+        if (folder / PRUNED).exists():
+            return "pruned", str(read_results(folder, PRUNED)["pruned"])
+        if (folder / FAILED).exists():
+            said = (folder / FAILED).read_text(encoding="utf-8")
+            return "failed", str(json.loads(said)["error"]) if said else "its disk is full"
+    except DamageError as error:
+        return "failed", str(error)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return "failed", f"its folder can't be read ({' '.join(str(error).split())})"
     return ("killed" if folder.exists() else "pending"), None
 
 

@@ -15,12 +15,12 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
-from src import tracking
+from src import console, tracking
 from src.config import ROOT, Config, config_hash
 from src.errors import UserError
 from src.files import digest, written_atomically
-from src.plan import Plan, checked, compose, done_jobs, entry, given_overrides, identity, sweep_root
-from src.results import SETTLED, clear, outcome, record_failure, write_table
+from src.plan import Plan, checked, compose, done_jobs, entry, given_overrides, identity, sweep_root, whole_job
+from src.results import SETTLED, clear, outcome, read_results, record_failure, write_table
 from src.space import as_overrides, as_text, distribution, ends, read_settings, refuse_metric
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ class Search:
                 status, error = outcome(Path(job["folder"]))
                 if status in SETTLED:
                     self.plan.jobs.append(job | {"status": status, "error": error, "reused": True})
+                elif status == "failed" and trial.state != TrialState.RUNNING:  # it was settled: damaged since
+                    console.warn(f"{job['folder']}: {error}: this trial doesn't count as done")
         numbers = [job["number"] for job in self.plan.jobs]
         self.repeats = sum(trial.user_attrs.get("repeats") in numbers for trial in trials)
         self.told = len(numbers) + self.repeats
@@ -168,7 +170,7 @@ class Search:
                     trial.set_user_attr("repeats", job["number"])
                     self.repeats += 1
                     return trial.number, job, overrides
-            done = self._done.get(identity(found, self._digests))
+            done = whole_job(self._done.get(identity(found, self._digests), ()))
         job = entry(self._next, overrides, found, self.plan.swept, done or own, reused=done is not None)
         job["trial"] = trial.number
         trial.set_user_attr("job", job)
@@ -188,7 +190,7 @@ class Search:
     def _tell(self, number: int, job: Mapping[str, Any]) -> FrozenTrial:
         match outcome(Path(job["folder"]))[0]:
             case "done":
-                results = json.loads((Path(job["folder"]) / "results.json").read_text(encoding="utf-8"))
+                results = read_results(Path(job["folder"]), alone=True)
                 if not isinstance(value := results.get(self.settings.metric), int | float):
                     raise UserError(f"hydra.sweeper.metric={self.settings.metric}: {job['folder']} has no such number")
                 return self._study.tell(number, value)

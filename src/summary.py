@@ -6,8 +6,12 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from src.results import DamageError
+from src.results import read_results as read_job
 
 SEEDS = ("train.seed", "dataset.seed")
 COLUMNS = {  # key in results.json, what a reader calls it; all at eval.layer, of the control split
@@ -26,8 +30,10 @@ def read_results(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the done ones among a sweep's jobs found, under the sweep's names, with the gain of CSLS P@1 beside it."""
     found = []
     for job in jobs:
-        if job["status"] == "done":
-            results = json.loads((Path(job["folder"]) / "results.json").read_text(encoding="utf-8"))
+        if job["status"] != "done":
+            continue
+        with suppress(DamageError, OSError):  # since it was done; `outcome` and the plan of the next sweep name it
+            results = read_job(Path(job["folder"]), alone=True)
             if "control/csls_p_at_1_after" in results:
                 gain = results["control/csls_p_at_1_after"] - results["control/csls_p_at_1_before"]
                 results["control/csls_p_at_1_gain"] = gain

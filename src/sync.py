@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src import tracking
 from src.errors import UserError
 from src.files import write_text
-from src.results import PRUNED
+from src.results import PRUNED, DamageError, outcome, read_results, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = ("results.json", PRUNED)  # a job is done where one of them stands
@@ -128,8 +128,7 @@ def _open(folder: Path, results: dict[str, Any], store: tracking.Store) -> str:
             parent=None,  # _sync_sweep gives it one
             opening=opening,
         )
-    text = json.dumps(results | {"mlflow_run_id": run_id, "opening": opening}, indent=1, ensure_ascii=False)
-    write_text(_outcome(folder), text + "\n")
+    write_results(folder, results | {"mlflow_run_id": run_id, "opening": opening}, _outcome(folder).name)
     return run_id
 
 
@@ -141,11 +140,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what the job found, its tracking settings)"""
     file = _outcome(folder)
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(results, dict) or (file.name != PRUNED and "config_hash" not in results):
-            raise ValueError("not a job's results")
-    except (OSError, ValueError) as error:
-        raise JobError(f"{file.name} can't be read ({error}); run the job again") from error
+        results = read_results(folder, file.name)
+        if file.name != PRUNED and "config_hash" not in results:
+            raise DamageError(f"{file.name} is damaged (it holds no job's results)")
+    except (OSError, DamageError) as error:
+        raise JobError(f"{error}; run the job again") from error
     return results, _settings(folder)
 
 
@@ -215,8 +214,8 @@ def _sync_sweep(folder: Path, uri: str | None, late: bool) -> str:
         tracking.adopt(store, run_id, [one["mlflow_run_id"] for one in written if one.get("mlflow_run_id")])
         if state == "resumed" or not ended:  # its end is told by the other sweep, or has not come
             return ""
-        if not all((Path(job["folder"]) / "results.json").exists() for job in found["jobs"] if job["status"] == "done"):
-            return "sweep left alone (the folder of one of its jobs is gone)"
+        if not all(outcome(Path(job["folder"]))[0] == "done" for job in found["jobs"] if job["status"] == "done"):
+            return "sweep left alone (the folder of one of its jobs is gone or damaged)"
         from src.sweep import record
 
         record(found, folder, store)

@@ -43,6 +43,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _TABLES = ("layers.csv", "pairs.csv", "training.csv", "results.json")
+_UNTAGGED = ("mlflow_run_id", "sha256")  # texts of results.json that say nothing of a run
 _SEARCHED = ("search.csv", PRUNED)  # of a search's job
 _PATIENCE = "10"  # seconds for an answer when a run begins; a server that is down refuses at once
 _MODE = "workflowType=machine_learning"  # else the UI opens on what it has for chat applications
@@ -745,7 +746,7 @@ def upload(folder: Path, run_id: str, uri: str) -> None:
         _upload_files(client, run_id, folder, layers)
         if (folder / "adapter").is_dir():
             _upload_adapter(client, run, folder / "adapter")
-        tags = {key: value for key, value in results.items() if isinstance(value, str) and key != "mlflow_run_id"}
+        tags = {key: value for key, value in results.items() if isinstance(value, str) and key not in _UNTAGGED}
         told = [results.get("verdict", "pruned"), results.get("verdict_reason") or results.get("pruned", "")]
         tags["mlflow.note.content"] = f"**{told[0]}** {told[1]}".strip()
         if layers:

@@ -190,6 +190,7 @@ import mlflow, mlflow.store.tracking.sqlalchemy_store, src.layers  # once, ahead
 from src import tracking
 
 from src.config import TrackingConfig
+from src.results import write_results
 
 uri, template, place, processes, jobs = *sys.argv[1:4], *map(int, sys.argv[4:])
 config = TrackingConfig("server" if uri.startswith("http") else "local", uri, "many")
@@ -197,6 +198,7 @@ config = TrackingConfig("server" if uri.startswith("http") else "local", uri, "m
 def job(number):
     results = json.loads((Path(template) / "results.json").read_text())
     results["name"] = f"job {number}"
+    results.pop("files")
     results["params"]["train.seed"] = str(number)
     folder = Path(place) / str(number)
     store = tracking.open_store(config, Path(place))
@@ -209,7 +211,7 @@ def job(number):
         moved = [f"{start},{float(value) + number}" for start, _, value in (line.rpartition(",") for line in lines[1:])]
         (folder / "layers.csv").write_text("\\n".join([lines[0], *moved]) + "\\n")
         (folder / "run.log").write_text(f"job {number}\\n")
-        (folder / "results.json").write_text(json.dumps(results | {"mlflow_run_id": run.id}))
+        write_results(folder, results | {"mlflow_run_id": run.id})
 
 def writer(first):
     for number in range(first, first + jobs):

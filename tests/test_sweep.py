@@ -304,7 +304,7 @@ def test_only_whole_job_folders_count_as_done(tmp_path: Path) -> None:
     for number, text in enumerate(['{"config_hash": "a", "data', json.dumps(good), "[]", "", '{"config_hash": "a"}']):
         (root / "day" / "time" / str(number)).mkdir(parents=True)
         (root / "day" / "time" / str(number) / "results.json").write_text(text)
-    assert done_jobs(root) == {("a", "d", "i"): root / "day/time/1"}
+    assert done_jobs(root) == {("a", "d", "i"): [root / "day/time/1"]}
     assert sweep_root(root / "day/time") == root and sweep_id(root / "day/time") == "day/time"
     assert sweep_root(tmp_path / "own") == tmp_path / "own" and sweep_id(tmp_path / "own") == str(tmp_path / "own")
     assert outcome(tmp_path / "absent") == ("pending", None) and outcome(tmp_path) == ("killed", None)

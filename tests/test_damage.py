@@ -1,0 +1,137 @@
+"""Damaged files: found by their digests, named, made again where they can be, and never trusted."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from src import report, sync
+from src.results import PRUNED, DamageError, outcome, read_results, write_results, write_table
+from tests.conftest import run_command
+from tests.test_sweep import TINY, documents
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command in this process, untracked, in a folder of its own: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = run_command(monkeypatch, *TINY, *arguments)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+def flip(file: Path, chance: random.Random) -> None:
+    """Turns one bit of the file."""
+    content = bytearray(file.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+def cut(file: Path, chance: random.Random) -> None:
+    """Leaves the first part of the file."""
+    file.write_bytes(file.read_bytes()[: chance.randrange(file.stat().st_size)])
+
+
+# --- a job's folder -----------------------------------------------------------------------------------------
+
+FOUND = {"verdict": "aligned", "control/margin_gain": 0.1 + 0.2, "params": {"lora.rank": "4"}, "none": None, "größe": 1}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    folder = tmp_path / "job"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(bytes(range(256)))
+    write_table(folder / "layers.csv", ("layer", "value"), [(1, 0.25), ("final", 0.125)])
+    write_table(folder / "training.csv", ("step", "loss"), [(1, 0.5)])
+    write_results(folder, FOUND)
+    return folder
+
+
+def test_any_flipped_bit_and_any_cut_of_a_job_s_files_is_noticed(job: Path) -> None:
+    assert {key: read_results(job)[key] for key in FOUND} == FOUND and outcome(job) == ("done", None)
+    chance = random.Random(0)
+    names = ["results.json", "layers.csv", "training.csv", "adapter/adapter_model.safetensors"]
+    for name in names:
+        whole = (job / name).read_bytes()
+        for harm in (flip, cut) * 30:
+            harm(job / name, chance)
+            try:
+                found = read_results(job)
+            except DamageError as error:
+                assert str(error).startswith(f"{name} is damaged (")
+                assert outcome(job) == ("failed", str(error))
+            else:  # a blank between two words of the JSON, say: all that it tells is as it was
+                assert name == "results.json" and {key: found[key] for key in FOUND} == FOUND
+            (job / name).write_bytes(whole)
+    for name in names[1:]:
+        shutil.move(job / name, job / "away")
+        assert outcome(job) == ("failed", f"{name} is missing")
+        shutil.move(job / "away", job / name)
+    assert outcome(job) == ("done", None)
+
+
+def test_who_writes_results_again_keeps_what_they_vouch_for(job: Path) -> None:
+    cut(job / "layers.csv", random.Random(0))
+    write_results(job, read_results(job, alone=True) | {"mlflow_run_id": "r"})
+    assert outcome(job) == ("failed", "layers.csv is damaged (its digest differs)")
+
+
+def test_results_of_earlier_versions_have_no_digests_and_damaged_pruned_jobs_are_done_again(job: Path) -> None:
+    found = read_results(job)
+    without = {key: value for key, value in found.items() if key not in ("sha256", "files")}
+    (job / "results.json").write_text(json.dumps(without))
+    assert outcome(job) == ("done", None)
+    (job / "results.json").unlink()
+    write_results(job, {"pruned": "after epoch 1"}, PRUNED)
+    assert outcome(job) == ("pruned", "after epoch 1")
+    (job / PRUNED).write_text((job / PRUNED).read_text().replace("epoch 1", "epoch 2"))
+    assert outcome(job) == ("failed", "pruned.json is damaged (its digest differs)")
+    (job / PRUNED).unlink()
+    (job / "failed.json").write_text('{"err')
+    assert outcome(job)[0] == "failed" and "can't be read" in str(outcome(job)[1])
+
+
+def test_a_sweep_does_damaged_jobs_again_and_sync_and_report_leave_them_out(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("-m", "lora.rank=1,2,4", "tracking=off", "train.epochs=0")
+    assert cli(*arguments)[0] == 0
+    folders = [Path(job["folder"]) for job in documents(tmp_path)[0]["jobs"]]
+    first = read_results(folders[0])
+    results = (folders[0] / "results.json").read_text()
+    number = str(first["control/margin_before"])
+    (folders[0] / "results.json").write_text(results.replace(number, "0.9"))  # well-formed, and wrong
+    cut(folders[1] / "layers.csv", random.Random(0))
+    said = ["results.json is damaged (its digest differs)", "layers.csv is damaged (its digest differs)"]
+
+    status = sync.main([str(tmp_path / "multirun")])
+    printed = capsys.readouterr()
+    assert status == 1 and printed.out.endswith("2 failed, 1 not tracked (tracking=off; --uri records it)\n")
+    for folder, why in zip(folders, said, strict=False):
+        assert f"{folder}: {why}; run the job again" in printed.err
+    assert report.main([str(folders[0].parent), "--format", "csv"]) == 0
+    printed = capsys.readouterr()
+    for folder, why in zip(folders, said, strict=False):
+        assert f"{folder}/{why}; run the job again" in printed.err
+    assert (folders[0].parent / "report.csv").read_text().count("damaged,,") >= 2
+
+    status, out, err = cli(*arguments)
+    assert (status, out.count("already done: "), out.count("\nresults  ")) == (0, 1, 2)
+    assert err.splitlines() == [
+        f"warning: {folder}: {why}: this job doesn't count as done" for folder, why in zip(folders, said, strict=False)
+    ]
+    again = [Path(job["folder"]) for job in documents(tmp_path)[1]["jobs"]]
+    assert again[2] == folders[2] and {outcome(folder) for folder in again} == {("done", None)}
+    assert read_results(again[0])["control/margin_before"] == first["control/margin_before"]
