@@ -124,7 +124,7 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
     def ours() -> None:
         fresh = prepared(config)  # with tokenizing, as the peers do
         with adapter(it.loaded.model, config.lora, blocks, seed=0) as model:
-            losses["ours"] = study.train_adapter(fresh, model, read, silent)
+            losses["ours"], _ = study.train_adapter(fresh, model, read, silent)
 
     def script() -> None:
         model, tokenizer = peers.peft_model(folder, task)

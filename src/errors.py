@@ -20,5 +20,9 @@ class NumbersError(Exception):
     """A number that isn't finite where a result should come from: the job has failed, and no verdict may come of it."""
 
 
+class OutOfMemoryError(Exception):
+    """Memory ran out, also with half the batch where there is one. One line says what to do. Exit status 1."""
+
+
 class Pruned(Exception):  # noqa: N818 (not an error: the job is neither done nor failed)
     """A search has stopped this job, whose pruned.json says when and why."""

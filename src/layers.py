@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from src.errors import NumbersError, UserError
 from src.finite import likely_cause
+from src.memory import halved
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Bool, Float, Int
@@ -341,17 +343,28 @@ def encoded_batches(
     """Yields (places among the prompts, their unit vectors) of one batch after the other.
 
     Packed where the model allows it; else batches of equal token count, in which nothing is padded either.
-    Raises NumbersError for hidden states without a direction.
+    Where memory runs out, that batch and the later ones are run in halves. Raises NumbersError for hidden states
+    without a direction, OutOfMemoryError.
     """
     together = packs(model, prompts)
     batches = (_similar_batches if together else _equal_length_batches)(prompts, TOKEN_BUDGET)
     form = packed if together else stacked
     place = {layer: index for index, layer in enumerate(layers)}
+
+    def read(some: Sequence[Prompt], size: int) -> Float[Tensor, "layers rows d"]:
+        vectors = torch.empty(len(layers), len(some), width(model))  # on the CPU: 8B's take a gigabyte a batch
+        for part in (slice(start, start + size) for start in range(0, len(some), size)):
+            for layer, states in pooled_states(model, form(some[part]), layers):
+                vectors[place[layer], part] = states
+        return vectors
+
+    whole = True
     with evaluating(model):
         for rows in progress(batches, "Encoding words") if progress else batches:
-            vectors = torch.empty(len(layers), len(rows), width(model))  # on the CPU: 8B's take a gigabyte a batch
-            for layer, states in pooled_states(model, form([prompts[row] for row in rows]), layers):
-                vectors[place[layer]] = states
+            attempt = partial(read, [prompts[row] for row in rows])
+            size = len(rows) if whole else -(-len(rows) // 2)
+            vectors, used = halved("encoding", "prompts a batch", size, attempt, least=1 if whole else size)
+            whole = whole and used == size
             if vectors.sum().isnan():
                 raise NumbersError(_no_direction(model, layers, vectors))
             yield rows, vectors

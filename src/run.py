@@ -36,9 +36,9 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
     """The whole method: fills the job folder, tracks it, prints the result and returns what results.json holds.
 
     A search's `judge` hears the control margin after each epoch, and may end the run by saying why, which is Pruned.
-    Raises UserError for input that the user can mend, NumbersError where a number isn't finite.
+    Raises UserError for input that the user can mend, NumbersError where a number isn't finite, OutOfMemoryError.
     """
-    from src import results, study, tracking
+    from src import memory, results, study, tracking
     from src.models import adapter, load_model, save_adapter
 
     clock = _Clock()
@@ -72,13 +72,14 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
                             raise Pruned(said["pruned"])
 
                 with clock.timing("train"):
-                    losses = study.train_adapter(it, model, read, console.progress, after_epoch)
+                    losses, batch = study.train_adapter(it, model, read, console.progress, after_epoch)
+                found |= batch
                 save_adapter(model, folder / "adapter")
                 after = study.encode_after(it, model, console.progress)
                 found |= study.probe(it, model, "after", console.progress)
             layers += study.measure_layers(it, after, "after", study.SPLITS, console.progress)
         conclusion, specificity = study.conclude(it, before, after, found)
-        found |= conclusion | clock.seconds()
+        found |= conclusion | clock.seconds() | {"oom_retry": "; ".join(memory.retries) or None}
         results.write_job(folder, found, layers, study.pair_rows(it, before, after), losses, specificity)
     print(console.result_table(found, str(config.eval.layer), str(folder), tracked.link), end="")
     return found
@@ -158,7 +159,7 @@ def _job_of_sweep(composed: DictConfig, folder: Path, swept: Path, number: int) 
 
 def _attempt(composed: DictConfig, folder: Path, planned: Mapping[str, Any] | None = None) -> Exception | None:
     """Runs the job; returns what went wrong, which is in failed.json then. `planned` is its entry in sweep.json."""
-    from src import results
+    from src import memory, results
 
     results.clear(folder)
     logging.captureWarnings(True)  # the libraries' warnings go to run.log
@@ -168,7 +169,8 @@ def _attempt(composed: DictConfig, folder: Path, planned: Mapping[str, Any] | No
             from src import search
 
             judge = search.judge(planned, folder, config.train.epochs)
-        run(config, folder, judge)
+        with memory.told():
+            run(config, folder, judge)
     except Pruned as pruned:
         print(f"pruned: {pruned}")
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from src.evidence import SpecificityResult, gather_evidence, judge
 from src.finite import check_weights, likely_cause
 from src.layers import Layer, Progress, Prompt, all_layers, encode, tokenize
 from src.measures import measure, pair_cosines, retrieval_ranks
+from src.memory import halved
 from src.models import LoadedModel, unpacked
 from src.pairs import Lexicon, Pair, Split, read_pairs, relevant
 from src.pairs import split as split_pairs
@@ -265,8 +266,11 @@ def train_adapter(
     read: tuple[Layer, ...],
     progress: Progress,
     after_epoch: Callable[[int], None] | None = None,
-) -> list[float]:
-    """Trains the attached adapter on the train split; the loss of every step."""
+) -> tuple[list[float], dict[str, Any]]:
+    """Trains the attached adapter on the train split; (the loss of every step, what results.json says of the batch).
+
+    Where memory runs out, the same adapter is trained from its beginning in batches of half the size.
+    """
     rows, objective, schedule = study.rows("train"), study.config.objective, study.config.train
     asked = Objective(
         objective.name,  # pyright: ignore[reportArgumentType]
@@ -277,8 +281,18 @@ def train_adapter(
         one_way=objective.one_way,
     )
     words = (study.source[rows], study.target[rows], study.relevant("train").numpy())
-    with unpacked(model, read):
-        return train(model, *words, asked, Schedule(**asdict(schedule)), progress=progress, after_epoch=after_epoch)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    beginning = [weight.detach().clone() for weight in weights]
+
+    def attempt(batch_size: int) -> list[float]:
+        for weight, first in zip(weights, beginning, strict=True):
+            weight.data.copy_(first)
+        how = replace(Schedule(**asdict(schedule)), batch_size=batch_size)
+        with unpacked(model, read):
+            return train(model, *words, asked, how, progress=progress, after_epoch=after_epoch)
+
+    losses, used = halved("training", "train.batch_size", schedule.batch_size, attempt, least=2)
+    return losses, {"train_batch_size_used": used}
 
 
 def control_margin(study: Study, model: nn.Module) -> float:

@@ -19,7 +19,7 @@ def test_the_plain_script_has_the_same_losses() -> None:
     )
     it = prepared(config)
     with adapter(it.loaded.model, config.lora, [1, 2], seed=0) as model:
-        ours = study.train_adapter(it, model, (2,), silent)
+        ours, _ = study.train_adapter(it, model, (2,), silent)
     model, tokenizer = peers.peft_model(packaged_folder(str(config.model.id)), LAYER_2)
     theirs = peers.train_peft(model, tokenizer, [(pair.source, pair.target) for pair in it.words.train], LAYER_2)
     assert ours == pytest.approx(theirs, abs=1e-4)
