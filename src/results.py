@@ -6,11 +6,8 @@ import csv
 import io
 import json
 import math
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,12 @@ from src.errors import DiskError, NumbersError, UserError
 from src.files import digest, file_digest, write_text
 
 RESULTS = "results.json"
+AGAIN = "-again-"  # in the name of a folder in which src.reproduce has repeated a job: it stands for nothing else
 FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
 _TABLES = ("layers.csv", "pairs.csv", "training.csv", "search.csv")
 SETTLED = ("done", "pruned")  # jobs that a sweep doesn't run again
 LAYER_COLUMNS = ("layer", "stage", "split", "measure", "value")
 PAIR_COLUMNS = ("source", "target", "split", "cosine_before", "cosine_after", "rank_before", "rank_after")
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "mlflow", "hydra-core", "scipy", "numpy")
 
 
 def write_job(
@@ -180,20 +177,3 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def versions() -> dict[str, str]:
-    """What the numbers were made with: Python, the main packages."""
-    found = {name: version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found}
-
-
-def git_commit() -> str:
-    """The project's commit, with "+changes" where the working tree differs from it; "unknown" outside of git."""
-    root = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, capture_output=True, check=False)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("+changes" if changes.returncode else "")

@@ -20,6 +20,7 @@ from src import console
 from src.config import ROOT, Config, read_config, refuse_odd_options, register
 from src.errors import DiskError, Pruned, UserError
 from src.files import disk_error, write_text
+from src.past import past_job
 from src.tracking import public_uri
 
 if TYPE_CHECKING:
@@ -204,12 +205,13 @@ def main() -> int:
     if "--debug" in sys.argv:
         os.environ["TLI_DEBUG"] = "1"  # workers have it from there
     words = [word for word in sys.argv[1:] if word != "--debug"]
-    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # else `a=1 -m b=2` fails
     register()
     sweep.failures = 0
     try:
         refuse_odd_options(words)
-        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
+        config_name, words = past_job(words)
+        sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # else `a=1 -m b=2` fails
+        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(job)()
     except KeyboardInterrupt:
         console.fail("interrupted")
         return 128 + max(_signals, default=signal.SIGINT)

@@ -18,13 +18,13 @@ from src.errors import NumbersError, UserError
 from src.evidence import SpecificityResult, gather_evidence, judge
 from src.finite import check_weights, likely_cause
 from src.layers import Layer, Progress, Prompt, all_layers, encode, tokenize
+from src.machine import git_changes, git_commit, machine, versions
 from src.measures import measure, pair_cosines, retrieval_ranks
 from src.memory import halved
 from src.models import LoadedModel, unpacked
 from src.pairs import Lexicon, Pair, Split, read_pairs, relevant
 from src.pairs import split as split_pairs
 from src.probes import perplexity, translation_accuracy
-from src.results import git_commit, versions
 from src.tracking import public_uri
 from src.training import Objective, Schedule, train
 from src.vectors import Vectors, encode_words
@@ -127,6 +127,8 @@ def describe(study: Study) -> dict[str, Any]:
         },
         "versions": versions(),
         "git_commit": git_commit(),
+        "git_changes": git_changes(),
+        "machine": machine(str(study.loaded.model.device)),
     }
 
 

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src import tracking
 from src.errors import UserError
 from src.files import write_text
-from src.results import PRUNED, DamageError, outcome, read_results, write_results
+from src.results import AGAIN, PRUNED, DamageError, outcome, read_results, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = ("results.json", PRUNED)  # a job is done where one of them stands
@@ -60,7 +60,8 @@ def sync(folders: Sequence[Path], uri: str | None) -> int:
     places = folders or [place for name in ("multirun", "outputs") if (place := ROOT / name).is_dir()]
     outcomes: Counter[str] = Counter()
     sweeps = {file.parent: False for place in places for file in place.rglob("sweep.json")}
-    for folder in sorted({file.parent for place in places for name in OUTCOMES for file in place.rglob(name)}):
+    jobs = {file.parent for place in places for name in OUTCOMES for file in place.rglob(name)}
+    for folder in sorted(folder for folder in jobs if AGAIN not in folder.name):
         outcome = _told(folder, lambda folder=folder: _sync_job(folder, uri))
         outcomes[outcome] += 1
         if sweep := _sweep_of(folder):

@@ -1,0 +1,66 @@
+"""What a run's numbers were made on and with: the machine, the packages, the code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from src.files import digest
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "mlflow", "hydra-core", "scipy", "numpy")
+_ROOT = Path(__file__).parent.parent
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The processor, its cores, the threads in use, the GPU if `device` is one, and the platform."""
+    import torch
+
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
+    threads = torch.get_num_threads()
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": threads, "platform": platform.platform(), **gpu}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with: Python, the main packages."""
+    found = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def git_commit() -> str:
+    """The project's commit, with "+changes" where the working tree differs from it; "unknown" outside of git."""
+    try:
+        commit = _git("rev-parse", "HEAD").decode().strip()
+        return commit + ("+changes" if _git("diff", "HEAD") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def git_changes() -> str | None:
+    """The digest of what the code and settings differ in from the commit, new files included; None for nothing."""
+    places = ("--", "src", "conf", "hydra_plugins", "data")
+    try:
+        changed = _git("diff", "HEAD", *places)
+        new = sorted(_git("ls-files", "-z", "--others", "--exclude-standard", *places).decode().split("\0")[:-1])
+        return (
+            digest(changed, *(part for name in new for part in (name, (_ROOT / name).read_bytes())))
+            if (changed or new)
+            else None
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, check=True).stdout
