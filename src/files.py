@@ -29,26 +29,30 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").resolve() / "tli-lab"
 
 
-def disk_error(error: Exception, path: Path) -> DiskError | None:
-    """What to tell of an error in writing `path` that is a full or read-only disk's; None for any other."""
+def disk_error(error: Exception, path: Path, variable: str | None = None) -> DiskError | None:
+    """What to tell of an error in writing `path` that is a full or read-only disk's; None for any other.
+
+    `variable` is the environment's that says where such files go; none for a job's.
+    """
     number = error.errno if isinstance(error, OSError) else None
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors has it in words only
         number = int(found[1])
     if number not in _DISK or isinstance(error, DiskError):
         return error if isinstance(error, DiskError) else None
     mend = "make it writable" if number == errno.EROFS else "free some space"
-    cached = path.is_relative_to(cache_dir())
-    other = "have TLI_CACHE name another folder" if cached else "choose another hydra.run.dir (or hydra.sweep.dir)"
+    if variable is None and path.is_relative_to(cache_dir()):
+        variable = "TLI_CACHE"
+    other = f"have {variable} name another folder" if variable else "choose another hydra.run.dir (or hydra.sweep.dir)"
     return DiskError(number, _DISK[number], str(path), f"{mend}, or {other}")
 
 
 @contextmanager
-def room_for(path: Path) -> Iterator[None]:
+def room_for(path: Path, variable: str | None = None) -> Iterator[None]:
     """Around what writes `path`. Raises DiskError where its disk is full or read-only."""
     try:
         yield
     except Exception as error:
-        if found := disk_error(error, path):
+        if found := disk_error(error, path, variable):
             raise found from error
         raise
 

@@ -66,12 +66,14 @@ _held: dict[str, LoadedModel] = {}  # the model in use, by what was asked for
 
 def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
     import torch
+    from huggingface_hub import constants
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # ours say what takes long
     log.info("loading %s in process %d with %d threads", config.name, os.getpid(), torch.get_num_threads())
     device = _device(config)
-    with room_for(cache_dir() / "models"):
+    cache = Path(constants.HF_HUB_CACHE) if config.source == "hub" else cache_dir() / "models"
+    with room_for(cache, "HF_HUB_CACHE" if config.source == "hub" else "TLI_CACHE"):
         folder, revision = _locate(config)
     model, tokenizer = _from_folder(folder, config, quant, device)
     model.eval().requires_grad_(False)

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from src import baseline, models, study, sync, tracking, vectors
+from src.config import QuantConfig
 from src.errors import DiskError
 from src.layers import tokenize
 from src.models import LoadedModel
 from src.vectors import encode_words
 from tests import mounts
-from tests.conftest import run_command
+from tests.conftest import model_config, run_command
 from tests.mounts import Disk, bound, disk, read_only
 from tests.test_tracking import client
 
@@ -184,6 +185,16 @@ def test_a_model_that_the_cache_has_no_room_for_is_told_in_a_line(
         assert err.startswith(f"error: the job failed: {cache}/models/tiny-4-")
         assert "can't be written: its disk is full; free some space, or have TLI_CACHE name another folder" in err
         assert [file.suffix for file in (cache / "models").iterdir()] == [".lock"]
+
+
+@needs_mounts
+def test_a_download_that_finds_no_room_names_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with disk(tmp_path / "hub", "64k") as small:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(small.folder))
+        monkeypatch.setattr(models, "_from_hub", lambda _: (small.folder / "weights").write_bytes(bytes(100_000)))
+        said = f"^{small.folder} can't be written: its disk is full; free some space, or have HF_HUB_CACHE name another"
+        with pytest.raises(DiskError, match=said):
+            models.load_model(model_config(source="hub", id="nobody/nothing"), QuantConfig("none", False))
 
 
 @needs_mounts
