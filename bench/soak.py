@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.soak_state import STAGES, differences, processes, read_facts, stage, still_open
+from bench.soak_state import STAGES, differences, processes, read_facts, stage_of, still_open, table
 
 ROOT = Path(__file__).parent.parent
 SWEEP = (
@@ -45,6 +44,7 @@ WAYS = {  # what a round's kills are: signal, whether to the whole process group
     "SIGINT to all": (signal.SIGINT, True),
 }
 AT_MOST = 4  # kills in a round
+IDLE = 150 << 20  # bytes: a worker below has never had a job, hasn't imported torch, and leaves after five minutes
 PATIENCE = 600  # seconds that a command may take to end
 
 
@@ -103,7 +103,7 @@ def main() -> int:
             print(f"  {line}", flush=True)
         if not one.wrong:
             shutil.rmtree(one.folder)
-    print(table(rounds))
+    print(table([(one.launcher, one.kills, bool(one.wrong)) for one in rounds], list(WAYS)))
     real = sum(one.real for one in rounds)
     print(f"\n{len(rounds)} sweeps, {real} of them programs of their own; seed {arguments.seed}; "
           f"{time.monotonic() - began:.0f} s")  # fmt: skip
@@ -118,25 +118,35 @@ def play(one: Round, rng: random.Random, at_most: int, whole: float) -> None:
     for _ in range(rng.randint(1, at_most)):
         way, wanted = rng.choice(list(WAYS)), rng.choice(STAGES[1:])
         done = len(list(one.folder.glob("multirun/*/*/*/results.json")))
-        moment = rng.uniform(0, whole * (1 - done / 5))
-        by_stage, pause = rng.random() < 0.4, rng.uniform(0, 0.1)  # some stages are too short to be met by chance
-        command = start(one)
-        while not command.ended():
-            if by_stage and stage(one.folder, command.earlier) == wanted:
-                time.sleep(pause)
-                break
-            if not by_stage and time.monotonic() - command.began > moment:
-                break
-            time.sleep(0.005)
-        met = stage(one.folder, command.earlier)
-        if command.ended():  # it was quicker
-            check_end(one, command, 0)
+        moment, pause = rng.uniform(0, whole * (1 - done / 5)), rng.uniform(0, 0.1)
+        by_stage = rng.random() < 0.4  # some are too short to be met by chance
+        if not kill(one, way, stage=wanted if by_stage else None, after=pause if by_stage else moment):
             break
-        number, to_all = WAYS[way]
-        (os.killpg if to_all else os.kill)(command.pid, number)
-        one.kills.append((way, met))
-        check_end(one, command, number)
     finish(one)
+
+
+def kill(one: Round, way: str, *, stage: str | None = None, after: float = 0.0) -> bool:
+    """Starts the command and kills it so many seconds after its start, or after it is seen in that stage.
+
+    False where it had come to its end by then.
+    """
+    command = start(one)
+    while not command.ended():
+        if stage is None and time.monotonic() - command.began > after:
+            break
+        if stage and stage_of(one.folder, command.earlier) == stage:
+            time.sleep(after)
+            break
+        time.sleep(0.005)
+    met = stage_of(one.folder, command.earlier)
+    if command.ended():
+        check_end(one, command, 0)
+        return False
+    number, to_all = WAYS[way]
+    (os.killpg if to_all else os.kill)(command.pid, number)
+    one.kills.append((way, met))
+    check_end(one, command, number)
+    return True
 
 
 def finish(one: Round) -> None:
@@ -147,7 +157,8 @@ def finish(one: Round) -> None:
         time.sleep(0.1)
     for process in alive:
         with suppress(psutil.Error):
-            one.wrong.append(f"process left: {process.pid} {' '.join(process.cmdline())[:100]}")
+            if process.memory_info().rss > IDLE:
+                one.wrong.append(f"process left: {process.pid} {' '.join(process.cmdline())[:100]}")
             process.kill()
 
 
@@ -229,20 +240,6 @@ def _command(words: Sequence[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return status
-
-
-def table(rounds: Sequence[Round]) -> str:
-    """Kills in each stage by launcher and signal, and in how many of such rounds anything was wrong at the end."""
-    lines = [f"| launcher | signal | {' | '.join(STAGES)} | kills | rounds that differ |"]
-    lines.append("|---" * (len(STAGES) + 4) + "|")
-    for launcher in LAUNCHERS:
-        for way in WAYS:
-            mine = [one for one in rounds if one.launcher == launcher and way in dict(one.kills)]
-            met = Counter(place for one in mine for other, place in one.kills if other == way)
-            cells = " | ".join(str(met[place]) for place in STAGES)
-            wrong = sum(bool(one.wrong) for one in mine)
-            lines.append(f"| {launcher} | {way} | {cells} | {met.total()} | {wrong} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import psutil
 Facts = dict[str, Any]
 STAGES = ("start", "database", "train", "measure", "write", "upload", "summary")
 # Of when, where and by which process, not of what was found.
-_RESULTS = {"mlflow_run_id", "opening", "git_commit", "files"}
+_RESULTS = {"mlflow_run_id", "opening", "git_commit", "files", "sha256"}
 _TAGS = {"host", "opening", "pid", "process_start", "sweep", "uploaded", "git_commit", "mlflow.source.git.commit"}
 _TAGS |= {"mlflow.parentRunId", "mlflow.note.content", "command"}
 _LOGS = {"results.json", "run.log", "hydra.yaml", "config.yaml", "overrides.yaml"}  # hold times and folders
@@ -54,7 +54,7 @@ def still_open(folder: Path) -> list[str]:
     return [name for name, status in _query(folder, "SELECT name, status FROM runs") if status == "RUNNING"]
 
 
-def stage(folder: Path, earlier: int) -> str:
+def stage_of(folder: Path, earlier: int) -> str:
     """What a sweep is at, by what lies in its folder; `earlier` is how many sweeps there were before it."""
     sweeps = sorted(folder.glob("multirun/*/*/sweep.json"))
     if len(sweeps) == earlier:
@@ -90,10 +90,10 @@ def _job_facts(job: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, Any
 
 
 def _temporary(folder: Path, jobs: list[Path]) -> Iterator[Path]:
-    """Half-written files where anybody would still look: not in the folders of jobs that were killed."""
-    for place in (*jobs, folder / "cache", folder / "mlruns", folder / "tmp"):
-        for file in place.rglob("*"):
-            if ".tmp" in file.name or file.parent == folder / "tmp" or file.name.startswith(".tiny"):
+    """Half-written files: in the jobs that count any at all, in cache and store those that take room."""
+    for place in (*jobs, folder / "cache", folder / "mlruns"):
+        for file in place.rglob("*.tmp*"):
+            if place in jobs or file.is_dir() or file.stat().st_size > 64_000:
                 yield file
 
 
@@ -148,3 +148,19 @@ def _query(folder: Path, sql: str) -> list[tuple[Any, ...]]:
 def _digest(file: Path, folder: Path) -> str:
     """An adapter's settings name the folder of its base model."""
     return hashlib.sha256(file.read_bytes().replace(str(folder).encode(), b".")).hexdigest()
+
+
+def table(rounds: Sequence[tuple[str, Sequence[tuple[str, str]], bool]], ways: Sequence[str]) -> str:
+    """Kills in each stage by launcher and signal, of rounds as (launcher, kills as (way, stage), whether it differs).
+
+    The last column counts the rounds with such a kill in which anything was wrong at the end.
+    """
+    lines = [f"| launcher | signal | {' | '.join(STAGES)} | kills | rounds that differ |"]
+    lines.append("|---" * (len(STAGES) + 4) + "|")
+    for launcher in sorted({launcher for launcher, _, _ in rounds}):
+        for way in ways:
+            mine = [(kills, wrong) for own, kills, wrong in rounds if own == launcher and way in dict(kills)]
+            met = Counter(place for kills, _ in mine for other, place in kills if other == way)
+            cells = " | ".join(str(met[place]) for place in STAGES)
+            lines.append(f"| {launcher} | {way} | {cells} | {met.total()} | {sum(wrong for _, wrong in mine)} |")
+    return "\n".join(lines)

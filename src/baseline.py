@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from src import console, layers, measures, probes
 from src.errors import DiskError
-from src.files import cache_dir, digest, file_digest, room_for, write_text, written_atomically
+from src.files import cache_dir, digest, file_digest, remove_leftovers, room_for, write_text, written_atomically
 from src.layers import Progress, Prompt
 from src.models import LoadedModel
 from src.vectors import Vectors, encode_words, stored
@@ -56,6 +56,7 @@ def _encode_into(file: Path, loaded: LoadedModel, prompts: Sequence[Prompt], pro
             return
         if file.exists():
             log.warning("%s is damaged (its digest differs): made again", file)
+        remove_leftovers(file)
         with written_atomically(file) as temporary:
             with temporary.open("r+b") as handle:
                 encode_words(loaded.model, prompts, file=handle, progress=progress)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,9 +117,16 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():
+            remove_leftovers(folder)
             with filled_atomically(folder) as work:
                 make(work)
     return folder
+
+
+def remove_leftovers(path: Path) -> None:
+    """Takes away what killed attempts at `path` have left beside it; for who holds the lock under which it's made."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def digest(*parts: str | bytes) -> str:

@@ -381,5 +381,8 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
 
     The folder is written whole or not at all. Raises DiskError.
     """
+    for config in adapted.peft_config.values():
+        settings: Any = config
+        settings.target_modules = sorted(settings.target_modules)  # else a set, and each process writes another order
     with filled_atomically(folder) as work:
         adapted.save_pretrained(str(work), save_embedding_layers=False)  # pyright: ignore[reportArgumentType]

@@ -207,6 +207,7 @@ def main() -> int:
     words = [word for word in sys.argv[1:] if word != "--debug"]
     register()
     sweep.failures = 0
+    _signals.clear()
     try:
         refuse_odd_options(words)
         config_name, words = past_job(words)
@@ -226,7 +227,8 @@ def main() -> int:
         return _report(disk_error(error, sweep.place) or error, None)  # Hydra's own writing doesn't say where
     finally:
         sweep.close()  # a sweep that was interrupted
-    return max((_report(error, folder) for folder, error in _errors), default=min(sweep.failures, 1))
+    status = max((_report(error, folder) for folder, error in _errors), default=min(sweep.failures, 1))
+    return 128 + max(_signals) if _signals else status  # Python drops what a handler raises while it collects garbage
 
 
 def _interrupted(number: int, _: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from filelock import FileLock
 from hydra.experimental.callback import Callback
 
 from src import console, summary, tracking, workers
@@ -117,12 +118,25 @@ def begin(config: DictConfig) -> None:
         "ended": None,
         "jobs": planned.jobs,
     }
-    if store:
-        with tracking.warned(f"the sweep's run: {tracking.later(planned.folder)}"):
-            document["mlflow_run_id"] = open_run(store, document, earlier)
     opened = Sweep(planned.folder, document, store, search)
-    _write(opened)  # its disk may be full
-    _current = opened
+    try:
+        _open(opened, earlier)
+        _current = opened
+    except KeyboardInterrupt:
+        if store:
+            tracking.abandon(store, document["mlflow_run_id"], document["opening"], "KILLED")
+        raise
+
+
+def _open(sweep: Sweep, earlier: Mapping[str, Any] | None) -> None:
+    """Opens the sweep's run, and writes sweep.json, from where its jobs know the run. Raises DiskError."""
+    root = sweep_root(sweep.folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".opening.lock"):  # of two that go on with the same sweep, one opens a run of its own
+        if sweep.store:
+            with tracking.warned(f"the sweep's run: {tracking.later(sweep.folder)}"):
+                sweep.document["mlflow_run_id"] = open_run(sweep.store, sweep.document, earlier)
+    _write(sweep)
 
 
 def _search(config: DictConfig) -> Search | None:
@@ -153,7 +167,7 @@ def _interrupted(planned: Plan, search: Search | None, store: tracking.Store | N
         return None  # its pairs have changed since, or a folder was deleted
     link = None
     with tracking.warned("no link to the sweep"):
-        link = _view(earlier, store)
+        link = _complete(earlier, sweep_root(planned.folder) / earlier["id"], store)
     _print_end(earlier, link)
     if search:
         search.close()
@@ -245,6 +259,15 @@ def record(document: Mapping[str, Any], folder: Path, store: tracking.Store | No
     return _view(document, store)
 
 
+def _complete(document: Mapping[str, Any], folder: Path, store: tracking.Store | None) -> str | None:
+    """A link to an ended sweep, recorded once more if its own process was ended before it could."""
+    if store and (run := document["mlflow_run_id"]):
+        if tracking.sweep_state(store, run, document["id"], document["ended"]) == "missing":
+            return record(document, folder, store)
+        return _view(document, store)
+    return None
+
+
 def _view(document: Mapping[str, Any], store: tracking.Store | None) -> str | None:
     """A link that opens the UI on the sweep: its jobs with what was swept and what came out, the best first."""
     if not store or not document["mlflow_run_id"]:
@@ -297,10 +320,19 @@ def stop() -> None:
 
 def close() -> None:
     """Writes down and prints how the sweep ended, after the last job or an interruption; nothing without a sweep."""
-    global _current, failures
+    global _current
     if _current is None:
         return
     sweep, _current = _current, None
+    try:
+        _close(sweep)
+    except KeyboardInterrupt:  # a signal at this late hour: main closes it once more
+        _current = sweep
+        raise
+
+
+def _close(sweep: Sweep) -> None:
+    global failures
     if sweep.search:
         sweep.search.close()
     jobs = sweep.document["jobs"]

@@ -29,7 +29,7 @@ from filelock import FileLock
 
 from src.config import TrackingConfig
 from src.errors import Pruned, UserError
-from src.files import digest, written_atomically
+from src.files import digest, remove_leftovers, written_atomically
 from src.results import PRUNED, read_table
 from src.view import GREY, colour, sweep_view
 
@@ -126,24 +126,13 @@ def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -
     After it nothing more is tried here, as each try would wait for an answer once more.
     An exception in the block closes the run as FAILED, an interruption as KILLED, a search's pruning as FINISHED.
     """
-    run = Run()
-    if store:
-        tags = {key: description[key] for key in ("config_hash", "git_commit", "model_revision")}
-        if SWEEP in os.environ:
-            tags["sweep"] = os.environ[SWEEP]
-        with warned(later(folder)):
-            run.id = start(
-                store.uri,
-                store.experiment,
-                name=os.environ.get(NAME) or description["name"],
-                params=description["params"],
-                tags=tags,
-                dataset=description["dataset"],
-                parent=os.environ.get(PARENT),
-                opening=run.opening,
-            )
-    pruned = None
+    run, opening, pruned = Run(), False, None
     try:
+        if store:
+            opening = True
+            with warned(later(folder)):
+                run.id = _start_job(store, description, run.opening)
+            opening = False
         try:
             yield run
         except Pruned as error:
@@ -154,12 +143,34 @@ def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -
                 finish(run.id, store.uri, "FINISHED")
                 run.link = run_link(store.uri, run.id)
     except BaseException as error:
-        if store and run.id:
-            with warned("the run stays open"):
-                finish(run.id, store.uri, "FAILED" if isinstance(error, Exception) else "KILLED")
+        if store and (run.id or opening):
+            abandon(store, run.id, run.opening, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     if pruned:
         raise pruned
+
+
+def _start_job(store: Store, description: Mapping[str, Any], opening: str) -> str:
+    tags = {key: description[key] for key in ("config_hash", "git_commit", "model_revision")}
+    if SWEEP in os.environ:
+        tags["sweep"] = os.environ[SWEEP]
+    return start(
+        store.uri,
+        store.experiment,
+        name=os.environ.get(NAME) or description["name"],
+        params=description["params"],
+        tags=tags,
+        dataset=description["dataset"],
+        parent=os.environ.get(PARENT),
+        opening=opening,
+    )
+
+
+def abandon(store: Store, run_id: str | None, opening: str, status: Literal["FAILED", "KILLED"]) -> None:
+    """Closes a run at whose work an exception has come; perhaps before anybody was told its id."""
+    with warned("the run stays open"):
+        if found := run_id or opened(store.uri, store.experiment, opening):
+            finish(found, store.uri, status)
 
 
 def complete(store: Store | None, folder: Path) -> None:
@@ -183,7 +194,7 @@ def later(folder: Path) -> str:
 
 def open_sweep(store: Store, name: str, tags: Mapping[str, str], opening: str, earlier: str | None) -> str:
     """Opens a sweep's run, or `earlier` again where the store has it. `tags` holds `sweep`. Raises TrackingError."""
-    if earlier and _reopened(store, earlier, tags):
+    if earlier and _reopened(store, earlier, dict(tags) | {"opening": opening}):
         return earlier
     how: dict[str, Any] = {"params": {}, "dataset": None, "parent": None}
     return start(store.uri, store.experiment, name=name, tags=tags, opening=opening, **how)
@@ -424,6 +435,7 @@ def _prepare(file: Path) -> None:
         if not file.exists():
             with FileLock(file.with_name(f"{file.name}.lock")):
                 if not file.exists():
+                    remove_leftovers(file)
                     with written_atomically(file) as temporary:
                         SqlAlchemyStore(f"sqlite:///{temporary}", str(file.parent / "artifacts"))._dispose_engine()
         for place in (file.parent, file.parent / "artifacts"):  # SQLite writes a journal beside the database

@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from threading import RLock
+from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -37,6 +38,7 @@ _RAY = {
 }
 _OWN_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 PATIENCE = 10  # seconds that a worker may take to close its run
+OWNER = "TLI_SWEEP_PROCESS"  # in the environment of workers that end with it: the number of the sweep's process
 AT_WORK = ".worker"  # in a job's folder while a process is at it: that process's number
 
 
@@ -55,6 +57,8 @@ def prepare(config: DictConfig) -> None:
         if extra == "ray":  # pip alone would put an older cloudpickle under the others
             how = "make ray, then .venv-ray/bin/python -m src.run …"
         raise UserError(f"hydra/launcher={name} needs the extra {extra}, which isn't installed: {how}")
+    if target.endswith((".JoblibLauncher", ".LocalLauncher")):
+        os.environ[OWNER] = str(os.getpid())
     if target.endswith(".LocalLauncher") and config.hydra.sweeper.get("max_batch_size", 0) is None:
         with read_write(config), open_dict(config):  # submitit would start all of the sweep's jobs at once
             config.hydra.sweeper.max_batch_size = _cores()
@@ -114,11 +118,38 @@ def at_work(folder: Path) -> Iterator[None]:
     if pool := sys.modules.get("joblib.externals.loky.process_executor"):
         pool.__dict__["_MAX_MEMORY_LEAK_SIZE"] = math.inf  # else a worker that grows by 300 MB is replaced
     write_text(folder / AT_WORK, str(os.getpid()))
+    _watch_sweep()
     try:
         with suppress(SystemExit):
             yield
     finally:
         (folder / AT_WORK).unlink(missing_ok=True)
+        if _alone.is_set():
+            os._exit(1)
+
+
+@cache
+def _watch_sweep() -> None:
+    """Ends this worker soon after the sweep's process, whose SIGKILL leaves no other trace here.
+
+    Else its job would go on beside the sweep that was resumed, and be done twice.
+    """
+    if number := os.environ.get(OWNER):
+        Thread(target=_end_after, args=(int(number),), daemon=True).start()
+
+
+def _end_after(number: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(number)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.2)
+    _alone.set()
+    os.kill(os.getpid(), signal.SIGTERM)  # closes the run of the job that it is at
+    time.sleep(PATIENCE)
+    os._exit(1)
+
+
+_alone = Event()  # set once the sweep's process is gone
 
 
 def _end_job(number: int, _: Any) -> None:
