@@ -8,14 +8,18 @@ RAY := .venv-ray
 export PYTHONPATH := $(CURDIR)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test lint format ui bench lock clean debian ray
+.PHONY: run test audit lint format ui bench lock clean debian ray
 
 run: $(READY)
 	$(BIN)/python -m src.run $(ARGS)
 
 # Two processes of one thread each take 0.6 of the time of one with two: tests mostly wait for other programs.
-test: lint debian ray
+test: lint audit debian ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Known vulnerabilities of the locked packages, where PyPI can be asked.
+audit: $(READY)
+	$(BIN)/python -m tests.audit
 
 lint: $(READY)
 	$(BIN)/ruff check .
