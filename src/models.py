@@ -178,8 +178,9 @@ def _from_folder(
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **common)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
             use_safetensors=config.safetensors_only or None,
@@ -191,6 +192,10 @@ def _from_folder(
         raise UserError(f"model.id={config.id}: its weights are a pickle that wants to run code: not loaded") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.id={config.id}: can't be loaded: {_first_line(error)}") from error
+    model, told = loaded
+    if missing := sorted(told["missing_keys"]):  # tied ones are none; transformers has filled these with random numbers
+        more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise UserError(f"model.id={config.id}: {folder} lacks the weights {missing[0]}{more}; get the model anew")
     return model, tokenizer
 
 

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from src import report, sync
+from src import models, report, sync
+from src.config import QuantConfig
+from src.errors import UserError
+from src.files import made_once
+from src.models import LoadedModel, load_model
 from src.results import PRUNED, DamageError, outcome, read_results, write_results, write_table
-from tests.conftest import run_command
+from tests.conftest import model_config, run_command
 from tests.test_sweep import TINY, documents
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -135,3 +139,51 @@ def test_a_sweep_does_damaged_jobs_again_and_sync_and_report_leave_them_out(
     again = [Path(job["folder"]) for job in documents(tmp_path)[1]["jobs"]]
     assert again[2] == folders[2] and {outcome(folder) for folder in again} == {("done", None)}
     assert read_results(again[0])["control/margin_before"] == first["control/margin_before"]
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_folder_of_the_cache_is_named_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "model.safetensors").write_bytes(bytes(range(256)))
+        (folder / "config.json").write_text("{}")
+
+    def ask() -> int:
+        made_once(tmp_path / "model", make)
+        assert (tmp_path / "model" / "model.safetensors").read_bytes() == bytes(range(256))
+        return len(made)
+
+    assert ask() == ask() == 1 and not caplog.records
+    chance, count = random.Random(0), 1
+    for name in ("model.safetensors", "config.json", "SHA256SUMS") * 3:
+        for harm in (flip, cut):
+            harm(tmp_path / "model" / name, chance)
+            count += 1
+            assert ask() == ask() == count
+            assert f"{tmp_path / 'model'} is damaged (it differs from its SHA256SUMS)" in caplog.messages[-1]
+    (tmp_path / "model" / "config.json").unlink()
+    assert ask() == count + 1
+
+
+def test_a_model_that_lacks_weights_is_refused_by_name(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(models, "_held", {})
+    load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("none", False))
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(models, "_held", {})
+    with pytest.raises(UserError, match=f"lacks the weights {name}; get the model anew"):
+        load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("none", False))
