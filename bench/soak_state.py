@@ -38,7 +38,7 @@ def read_facts(folder: Path) -> Facts:
         "left over": sorted(str(file.relative_to(folder)) for file in _temporary(folder, list(jobs))),
     }
     for job, results in jobs.items():
-        facts |= {f"{results['name']}: {key}": value for key, value in _job_facts(job, results)}
+        facts |= {f"{results['name']}: {key}": value for key, value in job_facts(job, results)}
     facts |= dict(_store_facts(folder, document["mlflow_run_id"]))
     return json.loads(json.dumps(facts).replace(str(folder), "."))
 
@@ -79,7 +79,7 @@ def processes(sessions: Sequence[int]) -> list[psutil.Process]:
     return found
 
 
-def _job_facts(job: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def job_facts(job: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((key, value) for key, value in results.items() if key not in _RESULTS and not key.startswith("time/"))
     for file in sorted(job.rglob("*")):
         name = str(file.relative_to(job))

@@ -33,6 +33,7 @@ from bench.soak_state import differences, read_facts
 
 place = Path(sys.argv[1])
 soak.preload()
+soak.SWEEP = (*(word for word in soak.SWEEP if not word.startswith("lora.rank")), "lora.rank=2")
 undisturbed, one = (soak.Round(place / name, "basic", False) for name in ("undisturbed", "killed"))
 soak.finish(undisturbed)
 for way, stage in json.loads(sys.argv[2]):
