@@ -178,8 +178,9 @@ def check_end(one: Round, command: Command, number: int) -> None:
         one.wrong.append(f"signal {number}: exit status {command.status}")
     if number and command.status == 128 + number and (names := still_open(one.folder)):
         one.wrong.append(f"signal {number} left runs open: {names}")
-    if "Traceback" in (one.folder / "said.txt").read_text():
-        one.wrong.append(f"signal {number}: a traceback in {one.folder}/said.txt")
+    said = one.folder / f"said{len(one.sessions) - 1}.txt"
+    if "Traceback" in said.read_text():
+        one.wrong.append(f"signal {number}: a traceback in {said}")
 
 
 # --- a command ----------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def start(one: Round) -> Command:
     try:
         os.setsid()
         os.chdir(one.folder)
-        said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        said = os.open(f"said{len(one.sessions)}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
         for number in (signal.SIGINT, signal.SIGTERM):

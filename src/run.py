@@ -228,7 +228,7 @@ def main() -> int:
     finally:
         sweep.close()  # a sweep that was interrupted
     status = max((_report(error, folder) for folder, error in _errors), default=min(sweep.failures, 1))
-    return 128 + max(_signals) if _signals else status  # Python drops what a handler raises while it collects garbage
+    return 128 + max(_signals) if _signals else status  # a library may have swallowed the exception
 
 
 def _interrupted(number: int, _: Any) -> None:
@@ -239,7 +239,7 @@ def _interrupted(number: int, _: Any) -> None:
     _signals.append(number)
     sweep.stop()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on it ends everything at once
-    raise KeyboardInterrupt
+    workers.raise_surely(KeyboardInterrupt())
 
 
 def _report(error: Exception, folder: Path | None) -> int:

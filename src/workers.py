@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, RLock, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
@@ -103,6 +103,23 @@ def ignore_signals() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN: Python complains where a signal is on its way already
 
 
+def raise_surely(error: BaseException) -> NoReturn:
+    """Raises out of a signal's handler, and once more where Python drops that, as in a weak reference's callback."""
+
+    def again(*_: Any) -> NoReturn:
+        raise error
+
+    def dropped(what: Any) -> None:
+        if what.exc_value is error:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(what)
+
+    signal.signal(signal.SIGALRM, again)
+    sys.unraisablehook = dropped
+    raise error
+
+
 # --- in a worker --------------------------------------------------------------------------------------------
 
 
@@ -154,7 +171,7 @@ _alone = Event()  # set once the sweep's process is gone
 
 def _end_job(number: int, _: Any) -> None:
     ignore_signals()  # a terminal's Ctrl-C comes twice: by itself, and from the sweep's process
-    sys.exit(128 + number)
+    raise_surely(SystemExit(128 + number))
 
 
 @contextmanager

@@ -44,7 +44,8 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
     monkeypatch.setattr(command, "_errors", [])
     monkeypatch.setattr(sys, "argv", ["src.run", *arguments])
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # a signal puts another in its place
     try:
         return command.main()
     except SystemExit as end:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from src.layers import tokenize
 from src.models import LoadedModel
 from tests.conftest import ROOT
 from tests.test_launchers import LONG, Command, start  # noqa: F401 (a fixture)
-from tests.test_sweep import Cli, cli, documents, family, runs, store  # noqa: F401 (fixtures)
+from tests.test_sweep import Cli, cli, family, runs, store  # noqa: F401 (fixtures)
 
 ROUNDS = """
 import json, sys
@@ -127,28 +128,40 @@ def test_a_signal_in_the_summary_leaves_a_whole_sweep(
     assert (Path(parent.info.artifact_uri) / "summary.json").exists()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_that_python_drops_still_ends_the_sweep(
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+
+
+class Collected:
+    def __del__(self) -> None:  # Python drops an exception of a handler that runs in here
+        terminate()
+
+
+def swallow() -> None:
+    with suppress(BaseException):
+        terminate()
+
+
+@pytest.mark.parametrize(
+    ("place", "ended"), [(Collected, "1 killed, 1 not started"), (swallow, "1 done, 1 not started")]
+)
+def test_a_signal_is_not_lost_where_its_exception_is(
     monkeypatch: pytest.MonkeyPatch,
     cli: Cli,  # noqa: F811
-    tmp_path: Path,
+    place: Callable[[], Any],
+    ended: str,
 ) -> None:
-    class Collected:
-        def __del__(self) -> None:  # an exception of a handler that runs in here is lost
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-
     prepare = study.prepare
 
-    def collecting(*args: Any) -> Any:
-        Collected()
+    def met(*args: Any) -> Any:
+        place()
+        time.sleep(0.1)
         return prepare(*args)
 
-    monkeypatch.setattr(study, "prepare", collecting)
-    status, out, _ = cli("-m", "lora.rank=1,2", "train=none", "tracking=off")
-    assert status == 143 and "1 done, 1 not started" in out
-    (document,) = documents(tmp_path)
-    assert [job["status"] for job in document["jobs"]] == ["done", "pending"]
+    monkeypatch.setattr(study, "prepare", met)
+    status, out, err = cli("-m", "lora.rank=1,2", "train=none", "tracking=off")
+    assert status == 143 and f"2 jobs: {ended}" in out and "Traceback" not in err
 
 
 # --- what a kill leaves -------------------------------------------------------------------------------------
