@@ -22,7 +22,7 @@ STAGES = ("start", "database", "train", "measure", "write", "upload", "summary")
 # Of when, where and by which process, not of what was found.
 _RESULTS = {"mlflow_run_id", "opening", "git_commit", "files", "sha256"}
 _TAGS = {"host", "opening", "pid", "process_start", "sweep", "uploaded", "git_commit", "mlflow.source.git.commit"}
-_TAGS |= {"mlflow.parentRunId", "mlflow.note.content", "command"}
+_TAGS |= {"mlflow.parentRunId", "mlflow.source.name", "mlflow.note.content", "command"}
 _LOGS = {"results.json", "run.log", "hydra.yaml", "config.yaml", "overrides.yaml"}  # hold times and folders
 
 
