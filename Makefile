@@ -6,7 +6,6 @@ READY := $(VENV)/.ready
 EXTRAS := smollm2 gemma search joblib submitit bench postgres dev
 RAY := .venv-ray
 export PYTHONPATH := $(CURDIR)
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: run test audit lint format ui bench lock clean debian ray
 

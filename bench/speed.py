@@ -4,6 +4,8 @@ Prints medians and ratios, each measured side by side: peers and TLI Lab take tu
 words (SmolLM2-135M, float32). The loaded machine slows all of them, so read the ratios.
 """
 
+# ruff: noqa: E402 (what is set here must be set before torch is imported)
+
 from __future__ import annotations
 
 import argparse
@@ -23,7 +25,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as src.run sets it
+from src.machine import wait_briefly
+
+wait_briefly()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch

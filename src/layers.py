@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -164,15 +165,16 @@ def packed(prompts: Sequence[Prompt]) -> Batch:
     members = _rows(prompts)
     trees = [_Tree([prompts[place] for place in row]) for row in members]
     length, most = max(len(tree.tokens) for tree in trees), max(len(row) for row in members)
-    input_ids = torch.zeros(len(trees), length, dtype=torch.long)
-    position_ids = torch.zeros_like(input_ids)
-    sees = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1, 1)  # what pads a row sees itself
-    pool = torch.zeros(len(trees), most, length)
-    places = torch.empty(len(prompts), dtype=torch.long)
+    # Filled as NumPy's, whose single elements are ten times as fast to set as a tensor's: this is done at each step.
+    input_ids = np.zeros((len(trees), length), np.int64)
+    position_ids = np.zeros_like(input_ids)
+    sees = np.tile(np.eye(length, dtype=bool), (len(trees), 1, 1, 1))  # what pads a row sees itself
+    pool = np.zeros((len(trees), most, length), np.float32)
+    places = np.empty(len(prompts), np.int64)
     for row, tree in enumerate(trees):
         n = len(tree.tokens)
-        input_ids[row, :n] = torch.tensor(tree.tokens)
-        position_ids[row, :n] = torch.tensor(tree.depths)
+        input_ids[row, :n] = tree.tokens
+        position_ids[row, :n] = tree.depths
         for node, parent in enumerate(tree.parents):
             if parent >= 0:
                 sees[row, 0, node] |= sees[row, 0, parent]
@@ -180,7 +182,7 @@ def packed(prompts: Sequence[Prompt]) -> Batch:
             prompt = prompts[place]
             pool[row, at, path[prompt.start : prompt.stop]] = 1 / (prompt.stop - prompt.start)
             places[place] = row * most + at
-    return Batch(input_ids, pool, places, position_ids, sees)
+    return Batch(*map(torch.from_numpy, (input_ids, pool, places, position_ids, sees)))
 
 
 _ROW = 128  # tokens: matrix products don't care how a batch is cut into rows, attention's cost grows with their length

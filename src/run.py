@@ -20,6 +20,7 @@ from src import console
 from src.config import ROOT, Config, read_config, refuse_odd_options, register
 from src.errors import DiskError, Pruned, UserError
 from src.files import disk_error, write_text
+from src.machine import wait_briefly
 from src.past import past_job
 from src.tracking import public_uri
 
@@ -196,9 +197,7 @@ def main() -> int:
 
     from src import sweep
 
-    # Threads that wait should sleep: where another program runs too, spinning ones halve the speed (25 against
-    # 50 GFLOP/s), and on an idle machine it makes no difference. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()  # before torch is imported
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)

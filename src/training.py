@@ -73,7 +73,7 @@ def train(
     torch.manual_seed(schedule.seed)  # dropout
     rng = np.random.default_rng(schedule.seed)  # order of the pairs and random negatives
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, weight_decay=0.0, fused=True)
     steps = _steps(len(source), schedule)
     pace = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, len(steps), schedule.warmup))
     right = _RightTranslations(relevant)
