@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -26,6 +26,7 @@ _DISK = {
 
 log = logging.getLogger(__name__)
 SUMS = "SHA256SUMS"
+_LOADED = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 
 
 def cache_dir() -> Path:
@@ -172,6 +173,24 @@ def folder_state(folder: Path) -> str:
     """Changes whenever a file of the folder is written; to hash gigabytes at each start would cost more than a run."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return digest(*(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files))[:16]
+
+
+def folder_contents(folder: Path) -> str:
+    """SHA-256 over what a model is loaded from: weights, settings, tokenizer.
+
+    A gigabyte takes a second, so the cache keeps it for as long as `folder_state` stays: a file that is changed and
+    given its old size and time is noticed only where the cache doesn't know the folder, as for src.reproduce.
+    """
+    memo = cache_dir() / "contents" / digest(str(folder.resolve()), folder_state(folder))
+    with suppress(OSError, ValueError):
+        found, check = memo.read_text(encoding="utf-8").split()
+        if check == digest(found):
+            return found
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _LOADED)
+    found = digest(*(part for file in files for part in (file.name, file_digest(file))))
+    with suppress(OSError):  # a cache that can't be written costs time alone
+        write_text(memo, f"{found} {digest(found)}\n")
+    return found
 
 
 def _umask() -> int:

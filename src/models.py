@@ -22,7 +22,16 @@ from torch.nn import functional
 
 from src.config import LoraConfig, ModelConfig, QuantConfig
 from src.errors import UserError
-from src.files import cache_dir, digest, file_digest, filled_atomically, folder_state, made_once, room_for
+from src.files import (
+    cache_dir,
+    digest,
+    file_digest,
+    filled_atomically,
+    folder_contents,
+    folder_state,
+    made_once,
+    room_for,
+)
 from src.layers import Layer, blocks, depth, peft_indices
 from src.packaged import packaged_folder
 
@@ -43,6 +52,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     identity: str
     revision: str
+    contents: str | None  # the digest of a folder of the user's own; elsewhere the revision names them
 
     @property
     def n_layers(self) -> int:
@@ -80,7 +90,9 @@ def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
     _keep_4bit_weights(model)
     if config.n_layers is not None and depth(model) != config.n_layers:
         raise UserError(f"model.n_layers={config.n_layers}, but {config.name} has {depth(model)} blocks: mend the key")
-    return LoadedModel(model, tokenizer, _identity(model, tokenizer, key, revision), revision)
+    own = config.source == "hub" and Path(str(config.id)).is_dir()
+    contents = folder_contents(folder) if own else None
+    return LoadedModel(model, tokenizer, _identity(model, tokenizer, key, revision), revision, contents)
 
 
 def _identity(model: PreTrainedModel, tokenizer: Any, key: str, revision: str) -> str:

@@ -23,7 +23,10 @@ _KEYS = {  # of a table: the columns that say what its numbers are of
     "pairs.csv": ("source", "target", "split"),
     "training.csv": ("step",),
 }
-_CONDITIONS = ("versions", "git_commit", "git_changes", "machine", "dataset", "model_digest", "inputs_digest", "params")
+_CONDITIONS = (
+    "versions", "git_commit", "git_changes", "machine", "dataset", "model_revision", "model_digest", "inputs_digest",
+    "params",
+)  # fmt: skip
 _ELSEWHERE = ("params.tracking.", "params.sweep.", "params.dataset.path", "params.model.id", "params.eval.text")
 
 

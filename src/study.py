@@ -117,6 +117,7 @@ def describe(study: Study) -> dict[str, Any]:
         "inputs_digest": inputs_digest(config),
         "params": _params(study),
         "model_revision": study.loaded.revision,
+        "model_digest": study.loaded.contents,
         "dataset": {
             "name": config.dataset.pair or config.dataset.source,
             "digest": lexicon.digest,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from src import reproduce
+from src import models, reproduce
 from src.files import digest
+from src.models import LoadedModel
 from src.plan import done_jobs
 from src.results import read_results
 from tests.conftest import run_command
@@ -78,6 +80,45 @@ def test_a_job_is_repeated_to_the_last_number_from_anywhere(
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("differs: ")]
     assert lines[0].startswith(f"differs: dataset.digest: {then['dataset']['digest']} then, ")
     assert any(" numbers in layers.csv, most by " in line for line in lines[1:])
+
+
+def test_a_changed_model_is_named_even_where_its_size_and_time_are_the_same(
+    cli: Cli, tiny: LoadedModel, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    command = (*TINY, "model.source=hub", f"model.id={folder}", "train.epochs=0", "tracking=off")
+
+    def run(place: str) -> dict[str, Any]:
+        monkeypatch.setattr(models, "_held", {})
+        assert cli(*command, f"hydra.run.dir={place}")[0] == 0
+        return read_results(tmp_path / place)
+
+    then = run("then")
+    assert len(then["model_digest"]) == 64
+    file = folder / "model.safetensors"
+    before, weights = file.stat(), load_file(file)
+    weights["model.layers.2.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, file, {"format": "pt"})
+    assert file.stat().st_size == before.st_size
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    kept = run("kept")  # by the cache, which nothing tells of the change
+    assert kept["model_digest"] == then["model_digest"] and numbers(Path("kept")) == numbers(Path("then"))
+
+    monkeypatch.setattr(models, "_held", {})
+    assert reproduce.main(["then"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("differs: ")]
+    assert lines[0].startswith(f"differs: model_digest: {then['model_digest']} then, ") and len(lines) > 1
+    for memo in (own_cache / "contents").iterdir():
+        memo.write_text(memo.read_text().replace(then["model_digest"], "0" * 64))
+    assert run("again")["model_digest"] not in (then["model_digest"], "0" * 64)
+    (said,) = reproduce.conditions(then, then | {"model_revision": "b"})
+    assert said == f"differs: model_revision: {then['model_revision']} then, b now"
 
 
 def test_what_is_no_whole_job_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
