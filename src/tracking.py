@@ -406,13 +406,20 @@ def check(uri: str, experiment: str) -> None:
 
 
 def moved(uri: str) -> set[str]:
-    """Folders in which a local store believes its artifacts to lie, though it was moved or copied away from there."""
+    """Folders in which a local store believes its artifacts to lie, though it was moved or copied away from there.
+
+    Raises UserError where the store is damaged or can't be read.
+    """
     file = database(uri)
     if file is None or not file.exists():
         return set()
     here = file.parent / "artifacts"
-    with closing(sqlite3.connect(file)) as connection:
-        rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+    try:
+        refuse_damaged(file)
+        with closing(sqlite3.connect(file)) as connection:
+            rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+    except sqlite3.Error as error:
+        raise UserError(f"{file} can't be read ({error}); try again, or move it away") from error
     strangers = set()
     for (location,) in rows:
         folder = Path(unquote(urlparse(location).path) if location.startswith("file:") else location)
@@ -420,6 +427,27 @@ def moved(uri: str) -> set[str]:
         if folder.is_absolute() and elsewhere and ((here / folder.name).exists() or not folder.parent.exists()):
             strangers.add(location.rpartition("/")[0])
     return strangers
+
+
+@cache  # once in a process, as it reads the whole file; errors are not remembered
+def refuse_damaged(file: Path) -> None:
+    """Raises UserError where SQLite finds a local store damaged, and sqlite3's errors where it can't look.
+
+    A number that has become another looks whole to SQLite, which keeps no checksums.
+    """
+    try:
+        with closing(sqlite3.connect(file, timeout=30)) as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise
+        found = str(error)
+    damage = " ".join(found.split()) if file.stat().st_size else "it is empty"
+    if damage != "ok":
+        raise UserError(
+            f"{file} is damaged ({damage}); restore a backup of it, or move it away: "
+            "`python -m src.sync` then records all jobs anew, in a new store"
+        )
 
 
 def _prepare(file: Path) -> None:
@@ -441,6 +469,7 @@ def _prepare(file: Path) -> None:
         for place in (file.parent, file.parent / "artifacts"):  # SQLite writes a journal beside the database
             if place.exists() and not os.access(place, os.W_OK):
                 raise OSError(f"{place} is read-only")
+        refuse_damaged(file)
         with closing(sqlite3.connect(file, timeout=30)) as connection:
             connection.execute("BEGIN IMMEDIATE")  # fails here and now where the file can't be written
             connection.rollback()

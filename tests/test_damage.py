@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from src import models, report, sync
+from src import models, report, sync, tracking, ui
 from src.config import QuantConfig
 from src.errors import UserError
 from src.files import made_once
@@ -18,6 +21,7 @@ from src.models import LoadedModel, load_model
 from src.results import PRUNED, DamageError, outcome, read_results, write_results, write_table
 from tests.conftest import model_config, run_command
 from tests.test_sweep import TINY, documents
+from tests.test_tracking import job_folder
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -139,6 +143,63 @@ def test_a_sweep_does_damaged_jobs_again_and_sync_and_report_leave_them_out(
     again = [Path(job["folder"]) for job in documents(tmp_path)[1]["jobs"]]
     assert again[2] == folders[2] and {outcome(folder) for folder in again} == {("done", None)}
     assert read_results(again[0])["control/margin_before"] == first["control/margin_before"]
+
+
+# --- MLflow's database --------------------------------------------------------------------------------------
+
+
+def invert(file: Path, place: int, length: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place : place + length] = bytes(byte ^ 0xFF for byte in content[place : place + length])
+    file.write_bytes(content)
+
+
+def page_of(file: Path, table: str) -> tuple[int, int]:
+    """(where the table's first page begins, its length)"""
+    with closing(sqlite3.connect(file)) as store:
+        (size,) = store.execute("PRAGMA page_size").fetchone()
+        (number,) = store.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+    return (number - 1) * size, size
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda file: os.truncate(file, 0),
+    "header": lambda file: invert(file, 0, 100),
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "page": lambda file: invert(file, *page_of(file, "metrics")),
+}
+
+
+def test_a_damaged_mlflow_database_is_named_and_left_alone_and_all_can_be_recorded_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracking.check(f"sqlite:///{tmp_path}/whole.db", "tli")
+    for name, harm in DAMAGES.items():
+        (tmp_path / name).mkdir()
+        file, uri = tmp_path / name / "mlflow.db", f"sqlite:///{tmp_path}/{name}/mlflow.db"
+        shutil.copy(tmp_path / "whole.db", file)
+        harm(file)
+        before = file.read_bytes()
+        jobs = job_folder(tmp_path / name / "jobs" / "0", uri, "0123456789abcdef0123456789abcdef").parent
+        for status in (
+            sync.main([str(jobs)]),
+            sync.main(["--relocate", "--uri", uri]),
+            ui.main(["--uri", uri]),
+            run_command(monkeypatch, *TINY, "-m", "lora.rank=1,2", f"tracking.uri={uri}"),
+        ):
+            assert status == 2, name
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 4, (name, lines)
+        for line in lines:
+            assert line.removeprefix("error: ").startswith(f"{file} is damaged ("), line
+            assert "; restore a backup of it, or move it away: `python -m src.sync` then records all jobs" in line
+        assert file.read_bytes() == before and {path.name for path in file.parent.iterdir()} == {"mlflow.db", "jobs"}
+        if name == "page":
+            file.rename(tmp_path / "away.db")
+            assert sync.main([str(jobs)]) == 0
+            assert capsys.readouterr().out.endswith("1 recorded\n")
+    assert not (tmp_path / "multirun").exists()
 
 
 # --- models -------------------------------------------------------------------------------------------------

@@ -283,8 +283,12 @@ print([job.exitcode for job in jobs])
 def test_check_refuses_what_mlflow_would_spoil(uri: str, tmp_path: Path) -> None:
     junk = tmp_path / "junk.db"
     junk.write_text("no database, but long enough to be looked at as one\n" * 20)
-    with pytest.raises(UserError, match=r"junk\.db can't be used as MLflow's database"):
+    with pytest.raises(UserError, match=r"junk\.db is damaged \(file is not a database\); restore a backup"):
         tracking.check(f"sqlite:///{junk}", "tli")
+    with closing(sqlite3.connect(tmp_path / "other.db")) as store, store:
+        store.execute("CREATE TABLE a (b)")
+    with pytest.raises(UserError, match=r"other\.db can't be used as MLflow's database"):
+        tracking.check(f"sqlite:///{tmp_path}/other.db", "tli")
     file = tracking.database(uri)
     assert file
     with closing(sqlite3.connect(file)) as store, store:
