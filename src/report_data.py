@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UserError
-from src.results import FAILED, DamageError, read_results, read_table
+from src.results import FAILED, DamageError, read_document, read_results, read_table
 from src.summary import SEEDS
 from src.tracking import public_uri
 
@@ -129,18 +129,13 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def _listed(folder: Path, notes: list[str]) -> dict[str, Any] | None:
-    file = folder / "sweep.json"
-    if not file.exists():
-        return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if all(isinstance(entry["number"], int) for entry in found["jobs"]):
-            return found
-        reason = "a job without a number"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    notes.append(f"sweep.json is damaged ({reason}): jobs were found by their folders")
-    return None
+        return read_document(folder)
+    except FileNotFoundError:
+        return None
+    except (OSError, DamageError) as error:
+        notes.append(f"{error}: jobs were found by their folders")
+        return None
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 from src.errors import DiskError, NumbersError, UserError
 from src.files import digest, file_digest, write_text
 
-RESULTS = "results.json"
+RESULTS, SWEEP = "results.json", "sweep.json"
 AGAIN = "-again-"  # in the name of a folder in which src.reproduce has repeated a job: it stands for nothing else
 FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
 _TABLES = ("layers.csv", "pairs.csv", "training.csv", "search.csv")
@@ -67,10 +67,8 @@ def write_results(folder: Path, found: Mapping[str, Any], name: str = RESULTS) -
 
     Whatever changes such a file later writes it by this, too; then `files` stays as it was.
     """
-    rest = {key: value for key, value in found.items() if key != "sha256"}
-    rest = {"files": {path.relative_to(folder).as_posix(): file_digest(path) for path in _files(folder)}} | rest
-    text = json.dumps(rest | {"sha256": _own_digest(rest)}, indent=1, ensure_ascii=False)
-    write_text(folder / name, text + "\n")
+    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in _files(folder)}
+    write_sealed(folder / name, {"files": files} | dict(found))
 
 
 def read_results(folder: Path, name: str = RESULTS, *, alone: bool = False) -> dict[str, Any]:
@@ -78,21 +76,44 @@ def read_results(folder: Path, name: str = RESULTS, *, alone: bool = False) -> d
 
     Raises DamageError, and FileNotFoundError where there is no such file. A file of an earlier version has no digests.
     """
+    found = _read_sealed(folder / name)
+    for file, expected in ({} if alone else found.get("files", {})).items():
+        if not (folder / file).is_file():
+            raise DamageError(f"{file} is missing")
+        if file_digest(folder / file) != expected:
+            raise DamageError(f"{file} is damaged (its digest differs)")
+    return found
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """What a sweep's sweep.json says. Raises DamageError, and FileNotFoundError where there is none."""
+    found = _read_sealed(folder / SWEEP)
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        listed = all(isinstance(job["number"], int) for job in found["jobs"])
+    except (KeyError, TypeError):
+        listed = False
+    if not listed:
+        raise DamageError(f"{SWEEP} is damaged (it lists no jobs)")
+    return found
+
+
+def write_sealed(file: Path, found: Mapping[str, Any]) -> None:
+    """Writes JSON with a digest (`sha256`) of all that it says."""
+    rest = {key: value for key, value in found.items() if key != "sha256"}
+    text = json.dumps(rest | {"sha256": _own_digest(rest)}, indent=1, ensure_ascii=False)
+    write_text(file, text + "\n")
+
+
+def _read_sealed(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DamageError(f"{name} is damaged ({' '.join(str(error).split())})") from error
+        raise DamageError(f"{file.name} is damaged ({' '.join(str(error).split())})") from error
     if not isinstance(found, dict):
-        raise DamageError(f"{name} is damaged (it holds no keys)")
-    if found.keys() & {"sha256", "files"}:
-        rest = {key: value for key, value in found.items() if key != "sha256"}
-        if found.get("sha256") != _own_digest(rest):
-            raise DamageError(f"{name} is damaged (its digest differs)")
-        for file, expected in ({} if alone else rest["files"]).items():
-            if not (folder / file).is_file():
-                raise DamageError(f"{file} is missing")
-            if file_digest(folder / file) != expected:
-                raise DamageError(f"{file} is damaged (its digest differs)")
+        raise DamageError(f"{file.name} is damaged (it holds no keys)")
+    rest = {key: value for key, value in found.items() if key != "sha256"}
+    if found.keys() & {"sha256", "files"} and found.get("sha256") != _own_digest(rest):
+        raise DamageError(f"{file.name} is damaged (its digest differs)")
     return found
 
 

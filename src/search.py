@@ -20,7 +20,17 @@ from src.config import ROOT, Config, config_hash
 from src.errors import UserError
 from src.files import digest, written_atomically
 from src.plan import Plan, checked, compose, done_jobs, entry, given_overrides, identity, sweep_root, whole_job
-from src.results import SETTLED, clear, outcome, read_results, record_failure, write_table
+from src.results import (
+    SETTLED,
+    SWEEP,
+    DamageError,
+    clear,
+    outcome,
+    read_document,
+    read_results,
+    record_failure,
+    write_table,
+)
 from src.space import as_overrides, as_text, distribution, ends, read_settings, refuse_metric
 
 if TYPE_CHECKING:
@@ -80,10 +90,15 @@ class Search:
         return digest(json.dumps([space, settings, identity(first, self._digests)], sort_keys=True))[:16]
 
     def _refuse_stranger(self) -> None:
-        if (file := self.plan.folder / "sweep.json").exists():  # under a fixed hydra.sweep.dir
-            document = json.loads(file.read_text(encoding="utf-8"))
-            if document.get("search", {}).get("study") != self.study:
-                raise UserError(f"hydra.sweep.dir: {file.parent} holds another sweep; choose another folder")
+        try:
+            document = read_document(self.plan.folder)
+        except OSError:  # none there, as the folder is new; else it is a fixed hydra.sweep.dir
+            return
+        except DamageError as error:
+            said = f"hydra.sweep.dir: {self.plan.folder}: {error}: it doesn't tell whose jobs these are"
+            raise UserError(f"{said}; move {SWEEP} away if they are this search's, or choose another folder") from error
+        if document.get("search", {}).get("study") != self.study:
+            raise UserError(f"hydra.sweep.dir: {self.plan.folder} holds another sweep; choose another folder")
 
     def _exists(self) -> bool:
         return self._file.exists() and self.study in optuna.get_all_study_names(_storage(self._file))

@@ -5,14 +5,13 @@ python -m src.run -m lora.layers='[1],[2],[1,2]' lora.rank=4,16 objective=triple
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,9 +24,8 @@ from hydra.experimental.callback import Callback
 from src import console, summary, tracking, workers
 from src.config import ROOT, read_config, run_name
 from src.errors import DiskError, UserError
-from src.files import write_text
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
-from src.results import FAILED, SETTLED, outcome
+from src.results import FAILED, SETTLED, SWEEP, DamageError, outcome, read_document, write_sealed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -184,17 +182,22 @@ def _earlier(planned: Plan, search: Search | None) -> dict[str, Any] | None:
     wanted = search.study if search else {job["config_hash"] for job in planned.jobs}
     files = sweep_root(planned.folder).rglob("sweep.json")
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            document = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            document = read_document(file.parent)
+        except DamageError as error:
+            console.warn(f"{file.parent}: {error}: no sweep goes on from it; its jobs count by their own folders")
+        except OSError:  # gone by now
+            pass
+        else:
             study = document.get("search", {}).get("study")
-            if (study or {job["config_hash"] for job in document["jobs"]}) == wanted:
+            if (study or {job.get("config_hash") for job in document["jobs"]}) == wanted:
                 return document
     return None
 
 
 def document(folder: Path) -> dict[str, Any]:
     """What sweep.json says; any process of the sweep may ask, on any machine."""
-    return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    return read_document(folder)
 
 
 def entry(found: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -368,7 +371,7 @@ def write() -> None:
 def _write(sweep: Sweep) -> None:
     if sweep.search:
         sweep.document["search"] = sweep.search.describe()
-    write_text(sweep.folder / "sweep.json", json.dumps(sweep.document, indent=1, ensure_ascii=False) + "\n")
+    write_sealed(sweep.folder / SWEEP, sweep.document)
 
 
 def _note(document: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:

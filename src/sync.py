@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sqlite3
 import sys
 import time
@@ -20,8 +19,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src import tracking
 from src.errors import UserError
-from src.files import write_text
-from src.results import AGAIN, PRUNED, DamageError, outcome, read_results, write_results
+from src.results import (
+    AGAIN,
+    PRUNED,
+    SWEEP,
+    DamageError,
+    outcome,
+    read_document,
+    read_results,
+    write_results,
+    write_sealed,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = ("results.json", PRUNED)  # a job is done where one of them stands
@@ -182,11 +190,11 @@ def _sweep_of(folder: Path) -> Path | None:
 
 def _document(sweep: Path) -> dict[str, Any]:
     try:
-        found = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not {"id", "jobs", "ended", "command"} <= found.keys():
-            raise ValueError("not a sweep's")
-    except (OSError, ValueError) as error:
-        raise JobError(f"sweep.json can't be read ({error}); its jobs' runs stay without a parent") from error
+        found = read_document(sweep)
+        if not {"id", "ended", "command"} <= found.keys():
+            raise DamageError(f"{SWEEP} is damaged (it's no sweep's)")
+    except (OSError, DamageError) as error:
+        raise JobError(f"{error}; its jobs count by their own folders: run the same command to sum them up") from error
     return found
 
 
@@ -233,7 +241,7 @@ def _with_run(folder: Path, store: tracking.Store) -> dict[str, Any]:
         run_id = tracking.opened(store.uri, store.experiment, found["opening"]) or open_run(store, found)
         found["mlflow_run_id"] = run_id
         if found["ended"]:  # else its own process writes the file
-            write_text(folder / "sweep.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            write_sealed(folder / SWEEP, found)
     return found
 
 

@@ -18,7 +18,7 @@ from src.config import QuantConfig
 from src.errors import UserError
 from src.files import made_once
 from src.models import LoadedModel, load_model
-from src.results import PRUNED, DamageError, outcome, read_results, write_results, write_table
+from src.results import PRUNED, DamageError, outcome, read_document, read_results, write_results, write_table
 from tests.conftest import model_config, run_command
 from tests.test_sweep import TINY, documents
 from tests.test_tracking import job_folder
@@ -143,6 +143,54 @@ def test_a_sweep_does_damaged_jobs_again_and_sync_and_report_leave_them_out(
     again = [Path(job["folder"]) for job in documents(tmp_path)[1]["jobs"]]
     assert again[2] == folders[2] and {outcome(folder) for folder in again} == {("done", None)}
     assert read_results(again[0])["control/margin_before"] == first["control/margin_before"]
+
+
+def test_a_sweep_whose_own_file_is_damaged_goes_on_from_its_jobs_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = (*TINY, "-m", "lora.rank=1,2", "train.epochs=0", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+    assert run_command(monkeypatch, *command) == 0
+    (file,) = tmp_path.glob("multirun/*/*/sweep.json")
+    document, chance = read_document(file.parent), random.Random(0)
+    assert document.pop("sha256")
+    whole, moved = file.read_text(), file.read_text().replace(f"{file.parent}/1", f"{file.parent}/7")
+    written = {path: path.stat().st_mtime_ns for path in file.parent.glob("*/results.json")}
+    capsys.readouterr()
+    harms: list[Callable[[], object]] = [
+        lambda: cut(file, chance),
+        lambda: file.write_text("[]"),
+        lambda: file.write_text("[" * 100_000),
+        lambda: file.write_text(json.dumps({"id": "a", "jobs": [1], "ended": "b", "command": "c"})),
+        lambda: file.write_text(moved),
+    ]
+    for harm in harms:
+        harm()
+        assert sync.main([str(tmp_path / "multirun")]) == 1
+        printed = capsys.readouterr()
+        assert printed.out.endswith("\n2 already recorded, 1 failed\n") and printed.err.count("\n") == 1
+        assert printed.err.startswith(f"{file.parent}: sweep.json is damaged (")
+        assert report.main([str(file.parent), "--format", "csv"]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1 and "sweep.json is damaged (" in printed.err
+        assert len((file.parent / "report.csv").read_text().splitlines()) == 3
+    for _ in range(40):
+        file.write_text(whole)
+        flip(file, chance)
+        try:
+            found = read_document(file.parent)
+            assert {key: found[key] for key in document} == document
+        except DamageError as error:
+            assert str(error).startswith("sweep.json is damaged (")
+    file.write_text(moved)
+    assert run_command(monkeypatch, *command) == 0
+    printed = capsys.readouterr()
+    assert printed.err == (
+        f"warning: {file.parent}: sweep.json is damaged (its digest differs): no sweep goes on from it; "
+        "its jobs count by their own folders\n"
+    )
+    assert printed.out.count("already done: ") == 2 and "2 jobs: 2 done" in printed.out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("multirun/*/*/*/results.json")} == written
 
 
 # --- MLflow's database --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from src.evidence import SplitEvidence, holm
 from src.report_board import command, finding
 from src.report_data import find, read_sweep
 from src.report_sums import estimate, grid, in_order, main_effects, over_seeds
-from src.results import LAYER_COLUMNS, write_table
+from src.results import LAYER_COLUMNS, write_sealed, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEPT = {"lora.layers": ["[1]", "[1,2]", "[2,4]"], "lora.rank": ["4", "16"], "train.seed": ["0", "1"]}
@@ -345,6 +345,16 @@ def test_a_damaged_sweep_file_is_done_without(folder: Path) -> None:
     assert sweep.notes[0].startswith("sweep.json is damaged")
     assert sweep.swept == tuple(SWEPT)
     assert len(sweep.ranked) == 12
+
+
+def test_a_sweep_file_whose_digest_differs_is_done_without(folder: Path) -> None:
+    file = folder / "sweep.json"
+    write_sealed(file, json.loads(file.read_text()))
+    assert not read_sweep(folder).notes
+    file.write_text(file.read_text().replace('"number": 3', '"number": 13'))
+    found = read_sweep(folder)
+    said = "sweep.json is damaged (its digest differs): jobs were found by their folders"
+    assert (found.notes, len(found.ranked)) == ([said], 12)
 
 
 def test_a_sweep_copied_from_another_machine(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from src import models, search, sync, tracking
+from src.results import write_sealed
 from tests.conftest import run_command
 from tests.test_sweep import TINY, documents
 from tests.test_tracking import client
@@ -155,10 +156,10 @@ def test_a_sweep_goes_on_without_its_server(
         f"warning: tracking: {gone}; the sweep's run: {folders[0].parent} {later}",
     ]
     (file,) = tmp_path.glob("multirun/*/*/sweep.json")
-    file.write_text(json.dumps(document | {"ended": None}))  # as it is while other jobs are still at work
+    write_sealed(file, document | {"ended": None})  # as it is while other jobs are still at work
     proxy.rule = lambda _: None
     assert synced(tmp_path / "multirun", capsys) == "2 recorded"
-    file.write_text(json.dumps(document))
+    write_sealed(file, document)
     assert synced(tmp_path / "multirun", capsys) == "2 already recorded, 1 sweep completed"
     check_nothing_is_left(proxy, tmp_path, capsys, "2 already recorded")
     check_family(server, tmp_path)
@@ -166,7 +167,7 @@ def test_a_sweep_goes_on_without_its_server(
     # What an earlier attempt has left is not told over the end of the later one, whose run it has become.
     earlier = tmp_path / "multirun" / "earlier"
     shutil.copytree(file.parent, earlier / "0")
-    (earlier / "0" / "sweep.json").write_text(json.dumps(document | {"id": "earlier/0", "ended": "yesterday"}))
+    write_sealed(earlier / "0" / "sweep.json", document | {"id": "earlier/0", "ended": "yesterday"})
     check_nothing_is_left(proxy, tmp_path, capsys, "4 already recorded")
 
 
