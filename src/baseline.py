@@ -65,7 +65,7 @@ def _encode_into(file: Path, loaded: LoadedModel, prompts: Sequence[Prompt], pro
 
 def _whole(file: Path) -> bool:
     expected = file.with_suffix(".sha256")
-    return file.exists() and expected.exists() and expected.read_text(encoding="utf-8") == file_digest(file)
+    return file.exists() and expected.exists() and expected.read_bytes() == file_digest(file).encode()
 
 
 def _not_kept(file: Path, error: OSError) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from src.baseline import baseline_encoding, baseline_values
 from src.layers import encode, tokenize
 from src.models import LoadedModel
 from src.vectors import Vectors, encode_words
+from tests.test_damage import cut, flip
 
 WORDS = ["maji", "nyumba", "mti", "maji", "mwanamke"]
 
@@ -61,6 +63,40 @@ def test_a_damaged_entry_is_named_and_made_again(
     caplog.clear()
     baseline_encoding(tiny, prompts)
     assert not caplog.text
+
+
+def test_any_flipped_bit_and_any_cut_is_noticed_and_made_again(
+    tiny: LoadedModel, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, chance = tokenize(WORDS, tiny.tokenizer), random.Random(0)
+    expected = whole(baseline_encoding(tiny, prompts), len(prompts))
+    file = entry(own_cache)
+    for target in (file, file.with_suffix(".sha256")):
+        content = target.read_bytes()
+        for harm in (flip, cut) * 10:
+            harm(target, chance)
+            caplog.clear()
+            assert torch.equal(whole(baseline_encoding(tiny, prompts), len(prompts)), expected)
+            assert f"{file} is damaged (its digest differs): made again" in caplog.text
+            assert target.read_bytes() == content
+
+    made: list[int] = []
+    values = [[1, "final", 0.1 + 0.2], [2, "größe", None]]
+
+    def ask() -> object:
+        return baseline_values("measures", tiny, "a", lambda: made.append(1) or values)
+
+    assert ask() == values
+    (file,) = (own_cache / "measures").iterdir()
+    content = file.read_bytes()
+    for harm in (flip, cut) * 100:
+        file.write_bytes(content)
+        harm(file, chance)
+        caplog.clear()
+        made.clear()
+        assert ask() == values
+        assert made == [1] * (f"{file} is damaged (" in caplog.text)  # else the change says the same, as 0.30 does
+        assert made or harm is flip
 
 
 def test_processes_that_ask_at_once_do_the_work_once(
