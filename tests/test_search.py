@@ -71,6 +71,12 @@ def test_a_search_is_one_parent_with_a_child_for_each_trial(cli: Cli, store: str
     assert (status, err) == (0, "") and len(documents(tmp_path)) == 1
     assert "lora.rank: 2, 4" in out and "1e-05 … 0.001, log" in out and out.count("already done") == 2
     assert out.endswith("5 trials, 2 of them done already; 3 would run\n")
+    table = Path(jobs[1]["folder"]) / "pairs.csv"
+    table.write_text(table.read_text()[:-10])
+    status, out, err = cli(*arguments, "hydra.sweeper.n_trials=5", "sweep.dry_run=true")
+    assert status == 0 and out.endswith("5 trials, 1 of them done already; 4 would run\n")
+    said = "pairs.csv is damaged (its digest differs): this trial doesn't count as done"
+    assert err == f"warning: {table.parent}: {said}\n"
 
 
 def test_a_search_that_was_killed_goes_on_where_it_stood(cli: Cli, store: str, tmp_path: Path) -> None:
@@ -129,6 +135,13 @@ def test_what_is_done_is_not_run_again(cli: Cli, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("multirun/*/*/*/results.json"))) == 3
     status, _, err = cli(*arguments, "lora.alpha=8")
     assert status == 2 and "holds another sweep" in err
+    file = tmp_path / "multirun" / "a" / "b" / "sweep.json"
+    file.write_text(file.read_text()[:-100])
+    status, _, err = cli(*arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert (
+        err.startswith(f"error: hydra.sweep.dir: {file.parent}: sweep.json is damaged (") and "; move sweep.json" in err
+    )
 
 
 def test_a_trial_with_a_low_margin_is_pruned(cli: Cli, store: str, tmp_path: Path) -> None:
