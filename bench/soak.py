@@ -62,11 +62,12 @@ class Round:
 
 @dataclass
 class Command:
-    """One of a round's commands under way: its process, when it began, how many sweeps there were before it."""
+    """One of a round's commands under way: its process, its beginning, the sweeps and open runs there were before."""
 
     pid: int
     began: float
     earlier: int
+    open: set[tuple[str, str]]
     status: int | None = None
 
     def ended(self) -> bool:
@@ -176,8 +177,9 @@ def check_end(one: Round, command: Command, number: int) -> None:
     # 0: its work was done; -number: Python had only just started, or was about to end
     if command.status not in (128 + number if number else 0, -number, 0):
         one.wrong.append(f"signal {number}: exit status {command.status}")
-    if number and command.status == 128 + number and (names := still_open(one.folder)):
-        one.wrong.append(f"signal {number} left runs open: {names}")
+    # Those that a SIGKILL left open before may stay so where this command ended before it looked for them.
+    if number and command.status == 128 + number and (left := still_open(one.folder) - command.open):
+        one.wrong.append(f"signal {number} left runs open: {left}")
     said = one.folder / f"said{len(one.sessions) - 1}.txt"
     if "Traceback" in said.read_text():
         one.wrong.append(f"signal {number}: a traceback in {said}")
@@ -202,7 +204,8 @@ def start(one: Round) -> Command:
     (one.folder / "tmp").mkdir(parents=True, exist_ok=True)
     words = [*SWEEP, f"tracking.uri=sqlite:///{one.folder}/mlruns/mlflow.db", *LAUNCHERS[one.launcher]]
     sys.stdout.flush()
-    command = Command(os.fork(), time.monotonic(), len(list(one.folder.glob("multirun/*/*/sweep.json"))))
+    before = len(list(one.folder.glob("multirun/*/*/sweep.json"))), still_open(one.folder)
+    command = Command(os.fork(), time.monotonic(), *before)
     if command.pid:
         one.sessions.append(command.pid)
         return command

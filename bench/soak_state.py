@@ -49,9 +49,9 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
     return [f"{key}: {str(found.get(key))[:200]} instead of {str(expected.get(key))[:200]}" for key in keys]
 
 
-def still_open(folder: Path) -> list[str]:
-    """Names of the runs that are RUNNING."""
-    return [name for name, status in _query(folder, "SELECT name, status FROM runs") if status == "RUNNING"]
+def still_open(folder: Path) -> set[tuple[str, str]]:
+    """(name, id) of the runs that are RUNNING."""
+    return set(_query(folder, "SELECT name, run_uuid FROM runs WHERE status = 'RUNNING'"))
 
 
 def stage_of(folder: Path, earlier: int) -> str:

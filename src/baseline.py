@@ -14,6 +14,7 @@ from src import console, layers, measures, probes
 from src.errors import DiskError
 from src.files import cache_dir, digest, file_digest, remove_leftovers, room_for, write_text, written_atomically
 from src.layers import Progress, Prompt
+from src.memory import ran_out
 from src.models import LoadedModel
 from src.vectors import Vectors, encode_words, stored
 
@@ -45,6 +46,8 @@ def baseline_encoding(loaded: LoadedModel, prompts: Sequence[Prompt], progress: 
         with file.open("rb") as handle:
             return stored(handle, loaded.model, prompts)
     except OSError as error:
+        if ran_out(error):
+            raise
         _not_kept(file, error)
         return encode_words(loaded.model, prompts, progress=progress)
 

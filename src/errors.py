@@ -1,5 +1,7 @@
 """What ends a job before its time: bad input that the user can mend, a full disk, a search that has seen enough."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """Bad input, told in one line that names the file, line or key and what to do. Exit status 2."""
@@ -11,6 +13,9 @@ class DiskError(OSError):
     def __init__(self, number: int, reason: str, path: str, advice: str) -> None:
         super().__init__(number, reason, path)
         self.advice = advice
+
+    def __reduce__(self) -> tuple[type[DiskError], tuple[object, ...]]:  # a launcher's worker hands it on as a pickle
+        return DiskError, (self.errno, self.strerror, self.filename, self.advice)
 
     def __str__(self) -> str:
         return f"{self.filename} can't be written: {self.strerror}; {self.advice}"

@@ -126,7 +126,9 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
             remove_leftovers(folder)
             if folder.exists():
                 log.warning("%s is damaged (it differs from its %s): made again", folder, SUMS)
-                shutil.rmtree(folder)
+                aside = folder.with_name(f".{folder.name}.damaged")  # at once: half of it, without sums, would pass
+                folder.rename(aside)
+                shutil.rmtree(aside)
             with filled_atomically(folder) as work:
                 make(work)
                 (work / SUMS).write_text(_sums(work), encoding="utf-8")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from src.errors import NumbersError, UserError
 from src.finite import likely_cause
-from src.memory import halved
+from src.memory import halved, ran_out
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Bool, Float, Int
@@ -192,10 +192,14 @@ _WASTE = 1.05  # what cutting may cost in tokens: rows repeat what all begin wit
 def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
     """Places of the prompts of each row: as many even rows, of at most about _ROW tokens, as waste little."""
     size = tree_size(prompts)
-    for rows in range(-(-size // _ROW), 1, -1):
+    order = sorted(range(len(prompts)), key=lambda place: prompts[place].ids)
+    ordered = [prompts[place] for place in order]
+    common = _shared(ordered[0].ids, ordered[-1].ids)  # every row repeats it
+    most = min(-(-size // _ROW), 1 + int((_WASTE - 1) * size / max(1, common)))
+    for rows in range(most, 1, -1):
         for capacity in range(-(-size // rows), int(_WASTE * size / rows) + 1):
-            if len(members := _similar_batches(prompts, capacity)) <= rows:
-                return members
+            if len(members := _similar_batches(ordered, capacity)) <= rows:
+                return [[order[place] for place in row] for row in members]
     return [list(range(len(prompts)))]
 
 
@@ -310,7 +314,9 @@ def _keeps_apart(model: nn.Module) -> bool:
         try:
             apart = dict(pooled_states(model, stacked(prompts), ["final"]))["final"]
             together = dict(pooled_states(model, packed(prompts), ["final"]))["final"]
-        except (TypeError, ValueError, RuntimeError):  # an architecture that takes no such positions or mask
+        except (TypeError, ValueError, RuntimeError) as error:  # an architecture that takes no such positions or mask
+            if ran_out(error):
+                raise
             return False
     exact = apart.dtype == _embeddings(model).weight.dtype and not getattr(model, "is_quantized", False)
     return bool(((apart * together).sum(dim=-1) > 1 - (1e-5 if exact else 5e-3)).all())

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from src.files import digest
+from src.files import digest, file_digest
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "mlflow", "hydra-core", "scipy", "numpy")
 _ROOT = Path(__file__).parent.parent
@@ -59,18 +59,16 @@ def git_commit() -> str:
 
 
 def git_changes() -> str | None:
-    """The digest of what the code and settings differ in from the commit, new files included; None for nothing."""
-    places = ("--", "src", "conf", "hydra_plugins", "data")
+    """The digest of what code and settings differ in from the commit, new files included; None for nothing."""
+    places = ("--", "src", "conf", "hydra_plugins")
     try:
         changed = _git("diff", "HEAD", *places)
-        new = sorted(_git("ls-files", "-z", "--others", "--exclude-standard", *places).decode().split("\0")[:-1])
-        return (
-            digest(changed, *(part for name in new for part in (name, (_ROOT / name).read_bytes())))
-            if (changed or new)
-            else None
-        )
+        new = sorted(_git("ls-files", "-z", "--others", "--exclude-standard", *places).split(b"\0")[:-1])
+        if not changed and not new:
+            return None
+        return digest(changed, *(part for name in new for part in (name, file_digest(_ROOT / os.fsdecode(name)))))
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return "unknown"
 
 
 def _git(*arguments: str) -> bytes:

@@ -33,6 +33,7 @@ from src.files import (
     room_for,
 )
 from src.layers import Layer, blocks, depth, peft_indices
+from src.memory import ran_out
 from src.packaged import packaged_folder
 
 if TYPE_CHECKING:
@@ -203,6 +204,8 @@ def _from_folder(
     except UnpicklingError as error:  # torch says how to run it all the same; we don't
         raise UserError(f"model.id={config.id}: its weights are a pickle that wants to run code: not loaded") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if ran_out(error):
+            raise
         raise UserError(f"model.id={config.id}: can't be loaded: {_first_line(error)}") from error
     model, told = loaded
     if missing := sorted(told["missing_keys"]):  # tied ones are none; transformers has filled these with random numbers
@@ -276,14 +279,14 @@ def unpacked(model: nn.Module, read: Sequence[Layer]) -> Iterator[None]:
     ]
     if 2 * sum(math.prod(module.weight.quant_state.shape) for module in packed) > UNPACKED_BYTES:
         packed = []
-    for module in packed:
-        weight = dequantize_4bit(module.weight.data.view(-1, 1), module.weight.quant_state).to(module.compute_dtype)
-        module.forward = partial(_linear, weight, module.bias)
     try:
+        for module in packed:
+            weight = dequantize_4bit(module.weight.data.view(-1, 1), module.weight.quant_state).to(module.compute_dtype)
+            module.forward = partial(_linear, weight, module.bias)
         yield
     finally:
         for module in packed:
-            del module.forward
+            module.__dict__.pop("forward", None)  # absent where memory ran out before
 
 
 def _linear(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:

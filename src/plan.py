@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from src import console
 from src.config import Config, config_hash, inputs_digest, read_config, run_name
 from src.errors import UserError
-from src.results import AGAIN, DamageError, read_results
+from src.results import DamageError, is_repetition, read_results
 from src.tracking import public_uri
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def done_jobs(root: Path) -> dict[Identity, list[Path]]:
     """
     found: dict[Identity, list[Path]] = {}
     for file in sorted(root.rglob("results.json"), key=lambda file: file.stat().st_mtime, reverse=True):
-        if AGAIN in file.parent.name:
+        if is_repetition(file.parent):
             continue
         try:
             if written := _written_identity(file.parent):

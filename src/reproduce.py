@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from src import console
 from src.config import ROOT
 from src.errors import UserError
 from src.files import cache_dir
-from src.results import AGAIN, DamageError, read_results, read_table
+from src.results import DamageError, read_results, read_table, repetition
 
 _KEYS = {  # of a table: the columns that say what its numbers are of
     "layers.csv": ("layer", "stage", "split", "measure"),
@@ -25,7 +24,7 @@ _KEYS = {  # of a table: the columns that say what its numbers are of
 }
 _CONDITIONS = (
     "versions", "git_commit", "git_changes", "machine", "dataset", "model_revision", "model_digest", "inputs_digest",
-    "params",
+    "params", "train_batch_size_used", "oom_retry",
 )  # fmt: skip
 _ELSEWHERE = ("params.tracking.", "params.sweep.", "params.dataset.path", "params.model.id", "params.eval.text")
 
@@ -38,12 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder = _find(arguments.job)
         then = _read(folder)
-        again = folder.with_name(f"{folder.name}{AGAIN}{time.strftime('%Y%m%d-%H%M%S')}")
+        again = repetition(folder)
         if status := _run(folder, again, then):
             return status
         return compare(numbers(folder, then), numbers(again, now := _read(again)), conditions(then, now))
     except UserError as error:
         console.fail(str(error))
+        return 2
+    except OSError as error:
+        console.fail(
+            f"{error.filename}: {error.strerror}: the job is repeated beside its folder, which must be writable"
+        )
         return 2
 
 
@@ -114,8 +118,9 @@ def _compared(key: str) -> bool:
 def conditions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What the two runs differ in that is no result: versions, commit, machine, words, model, settings."""
     before, after = _flat(then), _flat(now)
-    names = [name for name in before if not name.startswith(_ELSEWHERE) and before[name] != after.get(name)]
-    return [f"differs: {name}: {before[name]} then, {after.get(name)} now" for name in names]
+    written = [name for name in dict.fromkeys([*before, *after]) if name.partition(".")[0] in then]  # by that version
+    names = [name for name in written if not name.startswith(_ELSEWHERE) and before.get(name) != after.get(name)]
+    return [f"differs: {name}: {before.get(name)} then, {after.get(name)} now" for name in names]
 
 
 def _flat(results: Mapping[str, Any]) -> dict[str, Any]:

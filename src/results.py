@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from src.errors import DiskError, NumbersError, UserError
 from src.files import digest, file_digest, write_text
 
 RESULTS, SWEEP = "results.json", "sweep.json"
-AGAIN = "-again-"  # in the name of a folder in which src.reproduce has repeated a job: it stands for nothing else
+_AGAIN = "-again-"  # in the name of a folder in which src.reproduce has repeated a job: it stands for nothing else
 FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
 _TABLES = ("layers.csv", "pairs.csv", "training.csv", "search.csv")
 SETTLED = ("done", "pruned")  # jobs that a sweep doesn't run again
@@ -127,6 +129,16 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in listed if path.is_file()]
 
 
+def repetition(folder: Path) -> Path:
+    """Where src.reproduce repeats the job of a folder."""
+    return folder.with_name(f"{folder.name}{_AGAIN}{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def is_repetition(folder: Path) -> bool:
+    """Whether src.reproduce has made the folder."""
+    return bool(re.search(rf"{_AGAIN}\d{{8}}-\d{{6}}$", folder.name))
+
+
 # --- how a job ended ----------------------------------------------------------------------------------------
 
 
@@ -142,7 +154,8 @@ def clear(folder: Path) -> None:
     for figure in (folder / "plots").glob("*.png"):
         figure.unlink()
     if (folder / "adapter" / "adapter_config.json").exists():
-        shutil.rmtree(folder / "adapter")
+        aside = (folder / "adapter").rename(folder / ".adapter.tmp")  # at once: a kill would leave half of it
+        shutil.rmtree(aside)
 
 
 def record_failure(folder: Path, error: Exception) -> None:

@@ -223,6 +223,9 @@ def main() -> int:
             raise
         return _report(end.code, None)
     except Exception as error:
+        if _signals:  # whose exception a library has made its own of
+            console.fail("interrupted")
+            return 128 + max(_signals)
         return _report(disk_error(error, sweep.place) or error, None)  # Hydra's own writing doesn't say where
     finally:
         sweep.close()  # a sweep that was interrupted

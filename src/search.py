@@ -279,12 +279,17 @@ def judge(job: Mapping[str, Any], folder: Path, epochs: int) -> Judge:
     trial = optuna.trial.Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, job["trial"]))
     sign = 1 if search["direction"] == "maximize" else -1  # the margin should be large, whatever is searched for
     margins: list[tuple[int, float]] = []
+    attempts = 1
 
     def judged(epoch: int, margin: float) -> dict[str, Any] | None:
+        nonlocal attempts
+        if margins and epoch <= margins[-1][0]:  # memory ran out, and training has begun anew
+            margins.clear()
+            attempts += 1
         margins.append((epoch, margin))
         write_table(folder / "search.csv", ("epoch", "control_margin"), margins)
         trial.report(sign * margin, epoch)
-        if epoch < epochs and trial.should_prune():
+        if attempts == 1 and epoch < epochs and trial.should_prune():  # Optuna keeps what the first attempt reported
             said = f"after epoch {epoch} of {epochs}: control margin {margin:.4g}, below the finished trials' median"
             return {"pruned": said, "epoch": epoch, "margin": margin}
         return None

@@ -53,6 +53,7 @@ def seed_rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for results in found:
         ignored = (*SEEDS, "tracking.", "sweep.")
         setting = {key: value for key, value in results["params"].items() if not key.startswith(ignored)}
+        setting["batch"] = results.get("train_batch_size_used")  # half of what was asked for where memory ran out
         if "control/margin_gain" in results:
             groups.setdefault(json.dumps(setting, sort_keys=True), []).append(results)
     return [_seed_row(members) for members in groups.values() if len(members) > 1]

@@ -341,6 +341,10 @@ def _close(sweep: Sweep) -> None:
     jobs = sweep.document["jobs"]
     for job in jobs:
         job["status"], job["error"] = outcome(Path(job["folder"]))
+    if sweep.document["ended"]:  # by a signal, which may have come within a finished job's upload
+        for job in jobs:
+            if job["status"] == "done" and not job["reused"]:
+                tracking.complete(sweep.store, Path(job["folder"]))
     sweep.document["ended"] = _now()
     with _as_room_allows():
         _write(sweep)

@@ -20,10 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from src import tracking
 from src.errors import UserError
 from src.results import (
-    AGAIN,
     PRUNED,
     SWEEP,
     DamageError,
+    is_repetition,
     outcome,
     read_document,
     read_results,
@@ -69,7 +69,7 @@ def sync(folders: Sequence[Path], uri: str | None) -> int:
     outcomes: Counter[str] = Counter()
     sweeps = {file.parent: False for place in places for file in place.rglob("sweep.json")}
     jobs = {file.parent for place in places for name in OUTCOMES for file in place.rglob(name)}
-    for folder in sorted(folder for folder in jobs if AGAIN not in folder.name):
+    for folder in sorted(folder for folder in jobs if not is_repetition(folder)):
         outcome = _told(folder, lambda folder=folder: _sync_job(folder, uri))
         outcomes[outcome] += 1
         if sweep := _sweep_of(folder):
@@ -240,7 +240,9 @@ def _with_run(folder: Path, store: tracking.Store) -> dict[str, Any]:
     if run_id is None or tracking.sweep_state(store, run_id, found["id"], "") == "unknown":
         run_id = tracking.opened(store.uri, store.experiment, found["opening"]) or open_run(store, found)
         found["mlflow_run_id"] = run_id
-        if found["ended"]:  # else its own process writes the file
+        now = _document(folder)
+        if found["ended"] and (now["started"], now["ended"]) == (found["started"], found["ended"]):
+            # else a process of the sweep's writes the file
             write_sealed(folder / SWEEP, found)
     return found
 

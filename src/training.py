@@ -79,7 +79,7 @@ def train(
     right = _RightTranslations(relevant)
     fixed = _baseline_negatives(model, source, target, right, objective) if _needs_baseline(objective) else None
     joint = packs(model, [*source, *target])
-    losses = []
+    losses, advice = [], _advice_at_first(objective, schedule)
     order = np.arange(len(source))
     model.train()
     for step, (epoch_start, size) in enumerate(progress(steps, "Training") if progress else steps):
@@ -93,7 +93,7 @@ def train(
         loss.backward()
         optimizer.step()
         pace.step()
-        losses.append(_finite(loss, weights, model, step, len(steps)))
+        losses.append(_finite(loss, weights, model, f"{step + 1} of {len(steps)}", "" if step else advice))
         if after_epoch and (step + 1) % (len(steps) // schedule.epochs) == 0:
             after_epoch((step + 1) * schedule.epochs // len(steps))
     model.eval()
@@ -231,7 +231,7 @@ def _pace(step: int, n_steps: int, warmup: float) -> float:
     return (step + 1) / rising if step < rising else (n_steps - step) / max(1, n_steps - rising)
 
 
-def _finite(loss: Tensor, weights: Sequence[Tensor], model: nn.Module, step: int, n_steps: int) -> float:
+def _finite(loss: Tensor, weights: Sequence[Tensor], model: nn.Module, step: str, advice: str) -> float:
     """The loss, once it, its gradient and the adapter that came of it are known to be finite: one look at the device.
 
     A norm isn't finite where one of its numbers isn't, or where their squares leave float32: too large to train with.
@@ -242,10 +242,17 @@ def _finite(loss: Tensor, weights: Sequence[Tensor], model: nn.Module, step: int
     for what, value in zip(("loss", "gradient", "adapter"), found, strict=True):
         if not math.isfinite(value):
             cause = likely_cause(model)
-            if step == 0 and what != "adapter":  # before the first update, so the learning rate can't be the cause
-                cause = "raise objective.temperature, or set train.precision=float32 and model.dtype=float32"
-            raise NumbersError(f"the {what} is not a finite number at step {step + 1} of {n_steps}: {cause}")
+            if advice and what != "adapter":
+                cause = advice
+            raise NumbersError(f"the {what} is not a finite number at step {step}: {cause}")
     return found[0]
+
+
+def _advice_at_first(objective: Objective, schedule: Schedule) -> str:
+    """What to do where the first step isn't finite already, so that the learning rate can't be the cause."""
+    sharp = ["raise objective.temperature"] if objective.name == "infonce" else []
+    narrow = ["set train.precision=float32"] if schedule.precision != "float32" else []
+    return ", or ".join(sharp + narrow)
 
 
 def _device_type(model: nn.Module) -> str:
