@@ -79,7 +79,7 @@ def train(
     right = _RightTranslations(relevant)
     fixed = _baseline_negatives(model, source, target, right, objective) if _needs_baseline(objective) else None
     joint = packs(model, [*source, *target])
-    losses, advice = [], _advice_at_first(objective, schedule)
+    losses, advice = [], _advice_at_first(objective)
     order = np.arange(len(source))
     model.train()
     for step, (epoch_start, size) in enumerate(progress(steps, "Training") if progress else steps):
@@ -248,11 +248,10 @@ def _finite(loss: Tensor, weights: Sequence[Tensor], model: nn.Module, step: str
     return found[0]
 
 
-def _advice_at_first(objective: Objective, schedule: Schedule) -> str:
+def _advice_at_first(objective: Objective) -> str:
     """What to do where the first step isn't finite already, so that the learning rate can't be the cause."""
     sharp = ["raise objective.temperature"] if objective.name == "infonce" else []
-    narrow = ["set train.precision=float32"] if schedule.precision != "float32" else []
-    return ", or ".join(sharp + narrow)
+    return ", or ".join([*sharp, "set train.precision=float32 and model.dtype=float32"])
 
 
 def _device_type(model: nn.Module) -> str:

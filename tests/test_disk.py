@@ -48,7 +48,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def temporary(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob(".*") if path.name not in (".hydra", ".upload.lock")]
+    return [path for path in folder.rglob(".*") if path.name not in (".hydra", ".upload.lock", ".opening.lock")]
 
 
 # --- the job's folder ---------------------------------------------------------------------------------------
