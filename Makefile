@@ -12,7 +12,7 @@ export PYTHONPATH := $(CURDIR)
 run: $(READY)
 	$(BIN)/python -m src.run $(ARGS)
 
-# Two processes of one thread each take 0.6 of the time of one with two: tests mostly wait for other programs.
+# Two processes of one thread each: many tests wait for other programs.
 test: lint audit debian ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
