@@ -10,9 +10,9 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -39,7 +39,7 @@ def main() -> None:
 
     def encode(own: Any = model, **changed: Any) -> Callable[[], Any]:
         def call() -> Any:
-            with _changed(**changed):
+            with patch.dict(vars(layers), changed):
                 return layers.encode(own, prompts)
 
         return call
@@ -60,18 +60,6 @@ def main() -> None:
         seconds |= take_turns({"merged": encode(merged)}, repeats)
     print("\nWith an adapter in blocks 1 and 2:\n")
     table(seconds, "beside the weights")
-
-
-@contextmanager
-def _changed(**values: Any) -> Iterator[None]:
-    before = {name: getattr(layers, name) for name in values}
-    for name, value in values.items():
-        setattr(layers, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(layers, name, value)
 
 
 if __name__ == "__main__":

@@ -191,9 +191,9 @@ _WASTE = 1.05  # what cutting may cost in tokens: rows repeat what all begin wit
 
 def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
     """Places of the prompts of each row: as many even rows, of at most about _ROW tokens, as waste little."""
-    size = tree_size(prompts)
     order = sorted(range(len(prompts)), key=lambda place: prompts[place].ids)
     ordered = [prompts[place] for place in order]
+    size = tree_size(ordered)
     common = _shared(ordered[0].ids, ordered[-1].ids)  # every row repeats it
     most = min(-(-size // _ROW), 1 + int((_WASTE - 1) * size / max(1, common)))
     for rows in range(most, 1, -1):

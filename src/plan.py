@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from src import console
 from src.config import Config, config_hash, inputs_digest, read_config, run_name
 from src.errors import UserError
-from src.results import DamageError, is_repetition, read_results
+from src.results import RESULTS, DamageError, is_repetition, read_results
 from src.tracking import public_uri
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def done_jobs(root: Path) -> dict[Identity, list[Path]]:
     Names those whose results.json is damaged; for the other files see `whole_job`.
     """
     found: dict[Identity, list[Path]] = {}
-    for file in sorted(root.rglob("results.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+    for file in sorted(root.rglob(RESULTS), key=lambda file: file.stat().st_mtime, reverse=True):
         if is_repetition(file.parent):
             continue
         try:

@@ -15,7 +15,8 @@ from src import console
 from src.config import ROOT
 from src.errors import UserError
 from src.files import cache_dir
-from src.results import DamageError, read_results, read_table, repetition
+from src.machine import environment
+from src.results import RESULTS, DamageError, read_results, read_table, repetition
 
 _KEYS = {  # of a table: the columns that say what its numbers are of
     "layers.csv": ("layer", "stage", "split", "measure"),
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _find(job: str) -> Path:
     for folder in (Path(job), Path("multirun") / job, ROOT / "multirun" / job):
-        if (folder / "results.json").exists():
+        if (folder / RESULTS).exists():
             return folder.resolve()
     raise UserError(f"{job}: no finished job's folder (no results.json in it)")
 
@@ -81,21 +82,17 @@ def _run(folder: Path, again: Path, then: Mapping[str, Any]) -> int:
         own = {"TLI_CACHE": cache}
         if threads := (then.get("machine") or {}).get("threads"):
             own |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-        with _command(["src.run", *line, f"hydra.run.dir='{place}'"], own):
+        with environment(**own), _command(["src.run", *line, f"hydra.run.dir='{place}'"]):
             return run()
 
 
 @contextmanager
-def _command(line: list[str], environment: Mapping[str, str]) -> Iterator[None]:
+def _command(line: list[str]) -> Iterator[None]:
     kept, sys.argv = sys.argv, line
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
     try:
         yield
     finally:
         sys.argv = kept
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 # --- comparing ----------------------------------------------------------------------------------------------

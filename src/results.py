@@ -19,6 +19,7 @@ from src.files import digest, file_digest, write_text
 RESULTS, SWEEP = "results.json", "sweep.json"
 _AGAIN = "-again-"  # in the name of a folder in which src.reproduce has repeated a job: it stands for nothing else
 FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
+OUTCOMES = (RESULTS, PRUNED)  # a job is done where one of them stands
 _TABLES = ("layers.csv", "pairs.csv", "training.csv", "search.csv")
 SETTLED = ("done", "pruned")  # jobs that a sweep doesn't run again
 LAYER_COLUMNS = ("layer", "stage", "split", "measure", "value")
@@ -69,8 +70,10 @@ def write_results(folder: Path, found: Mapping[str, Any], name: str = RESULTS) -
 
     Whatever changes such a file later writes it by this, too; then `files` stays as it was.
     """
-    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in _files(folder)}
-    write_sealed(folder / name, {"files": files} | dict(found))
+    if "files" not in found:
+        files = {path.relative_to(folder).as_posix(): file_digest(path) for path in _files(folder)}
+        found = {"files": files} | dict(found)
+    write_sealed(folder / name, found)
 
 
 def read_results(folder: Path, name: str = RESULTS, *, alone: bool = False) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def clear(folder: Path) -> None:
     """
     for left in folder.glob(".*.tmp"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    for name in ("results.json", FAILED, PRUNED, "search.csv", "training.csv", "layers.csv", "pairs.csv"):
+    for name in (RESULTS, FAILED, PRUNED, *_TABLES):
         (folder / name).unlink(missing_ok=True)
     for figure in (folder / "plots").glob("*.png"):
         figure.unlink()
@@ -173,6 +176,11 @@ def record_failure(folder: Path, error: Exception) -> None:
 def record_pruned(folder: Path, found: Mapping[str, Any]) -> None:
     """Writes what was found until a search ended the job, with `pruned`, why: all that the job's run needs."""
     write_results(folder, found, PRUNED)
+
+
+def outcome_file(folder: Path) -> Path:
+    """Which of OUTCOMES stands in the folder of a job that is done."""
+    return next(folder / name for name in OUTCOMES if (folder / name).exists())
 
 
 def outcome(folder: Path) -> tuple[str, str | None]:

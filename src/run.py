@@ -45,9 +45,8 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
 
     clock = _Clock()
     lexicon, words = study.read_words(config.dataset)
-    store = tracking.open_store(
-        config.tracking, ROOT, folder
-    )  # refused, where it can't be written, before the model loads
+    # A store that can't be written is refused before the model loads.
+    store = tracking.open_store(config.tracking, ROOT, folder)
     with clock.timing("load"):
         loaded = load_model(config.model, config.quant)
     it = study.prepare(config, lexicon, words, loaded)
@@ -138,8 +137,9 @@ def _without_credentials(*written: Path) -> None:
 def _job_of_sweep(composed: DictConfig, folder: Path, swept: Path, number: int) -> None:
     """The job, unless the sweep has it already or was ended meanwhile."""
     from src import sweep, workers
+    from src.results import read_document
 
-    planned = sweep.entry(sweep.document(swept), number)
+    planned = sweep.entry(read_document(swept), number)
     if planned["status"] == "done":
         print(f"already done: {planned['name']} → {planned['folder']}", flush=True)
         return
@@ -147,7 +147,7 @@ def _job_of_sweep(composed: DictConfig, folder: Path, swept: Path, number: int) 
     with ExitStack() as around:
         if not sweep.here():
             around.enter_context(workers.at_work(folder))
-        document = sweep.document(swept)  # read again: who ends the sweep writes that first, and then looks for workers
+        document = read_document(swept)  # read again: who ends the sweep writes that first, and then looks for workers
         if document["ended"]:
             sweep.withdraw(folder)
             return
@@ -212,9 +212,6 @@ def main() -> int:
         config_name, words = past_job(words)
         sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # else `a=1 -m b=2` fails
         hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(job)()
-    except KeyboardInterrupt:
-        console.fail("interrupted")
-        return 128 + max(_signals, default=signal.SIGINT)
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return 141
@@ -222,10 +219,10 @@ def main() -> int:
         if not isinstance(end.code, Exception):
             raise
         return _report(end.code, None)
-    except Exception as error:
-        if _signals:  # whose exception a library has made its own of
+    except (KeyboardInterrupt, Exception) as error:
+        if _signals or isinstance(error, KeyboardInterrupt):  # a library may have made an exception of its own of it
             console.fail("interrupted")
-            return 128 + max(_signals)
+            return 128 + max(_signals, default=signal.SIGINT)
         return _report(disk_error(error, sweep.place) or error, None)  # Hydra's own writing doesn't say where
     finally:
         sweep.close()  # a sweep that was interrupted

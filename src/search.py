@@ -36,9 +36,8 @@ from src.space import as_overrides, as_text, distribution, ends, read_settings, 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-Judge = Callable[
-    [int, float], dict[str, Any] | None
-]  # (epoch, control margin) → why the job ends here, for pruned.json
+# (epoch, control margin) → why the job ends here, for pruned.json
+Judge = Callable[[int, float], dict[str, Any] | None]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -5,7 +5,6 @@ python -m src.run -m lora.layers='[1],[2],[1,2]' lora.rank=4,16 objective=triple
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -24,6 +23,7 @@ from hydra.experimental.callback import Callback
 from src import console, summary, tracking, workers
 from src.config import ROOT, read_config, run_name
 from src.errors import DiskError, UserError
+from src.machine import environment
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
 from src.results import FAILED, SETTLED, SWEEP, DamageError, outcome, read_document, write_sealed
 
@@ -180,7 +180,7 @@ def _interrupted(planned: Plan, search: Search | None, store: tracking.Store | N
 def _earlier(planned: Plan, search: Search | None) -> dict[str, Any] | None:
     """What the newest sweep of these very jobs wrote, or of this search."""
     wanted = search.study if search else {job["config_hash"] for job in planned.jobs}
-    files = sweep_root(planned.folder).rglob("sweep.json")
+    files = sweep_root(planned.folder).rglob(SWEEP)
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             document = read_document(file.parent)
@@ -193,11 +193,6 @@ def _earlier(planned: Plan, search: Search | None) -> dict[str, Any] | None:
             if (study or {job.get("config_hash") for job in document["jobs"]}) == wanted:
                 return document
     return None
-
-
-def document(folder: Path) -> dict[str, Any]:
-    """What sweep.json says; any process of the sweep may ask, on any machine."""
-    return read_document(folder)
 
 
 def entry(found: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -294,12 +289,8 @@ def placed(found: Mapping[str, Any], number: int) -> Iterator[None]:
     named = {tracking.NAME: entry(found, number)["name"]}
     if found["mlflow_run_id"]:
         named |= {tracking.PARENT: found["mlflow_run_id"], tracking.SWEEP: found["id"]}
-    os.environ |= named
-    try:
+    with environment(**named):
         yield
-    finally:
-        for name in named:
-            os.environ.pop(name, None)
 
 
 def withdraw(folder: Path) -> None:

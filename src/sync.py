@@ -20,11 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from src import tracking
 from src.errors import UserError
 from src.results import (
+    OUTCOMES,
     PRUNED,
     SWEEP,
     DamageError,
     is_repetition,
     outcome,
+    outcome_file,
     read_document,
     read_results,
     write_results,
@@ -32,7 +34,6 @@ from src.results import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTCOMES = ("results.json", PRUNED)  # a job is done where one of them stands
 _LOCATIONS = {  # where MLflow keeps absolute paths
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
@@ -67,13 +68,13 @@ def sync(folders: Sequence[Path], uri: str | None) -> int:
         raise UserError(f"{absent[0]}: no such folder")
     places = folders or [place for name in ("multirun", "outputs") if (place := ROOT / name).is_dir()]
     outcomes: Counter[str] = Counter()
-    sweeps = {file.parent: False for place in places for file in place.rglob("sweep.json")}
+    sweeps = {file.parent: False for place in places for file in place.rglob(SWEEP)}
     jobs = {file.parent for place in places for name in OUTCOMES for file in place.rglob(name)}
     for folder in sorted(folder for folder in jobs if not is_repetition(folder)):
-        outcome = _told(folder, lambda folder=folder: _sync_job(folder, uri))
-        outcomes[outcome] += 1
+        became = _told(folder, lambda folder=folder: _sync_job(folder, uri))
+        outcomes[became] += 1
         if sweep := _sweep_of(folder):
-            sweeps[sweep] = sweeps.get(sweep, False) or outcome == "recorded"
+            sweeps[sweep] = sweeps.get(sweep, False) or became == "recorded"
     for folder, late in sorted(sweeps.items()):
         outcomes[_told(folder, lambda folder=folder, late=late: _sync_sweep(folder, uri, late))] += 1
     del outcomes[""]
@@ -84,13 +85,13 @@ def sync(folders: Sequence[Path], uri: str | None) -> int:
 def _told(folder: Path, record: Callable[[], str]) -> str:
     """What has become of the folder, once it is printed; "" where there is nothing to say."""
     try:
-        outcome = record()
+        became = record()
     except (JobError, tracking.TrackingError, OSError, KeyError, ValueError) as error:
         print(f"{folder}: {error or type(error).__name__}", file=sys.stderr)
         return "failed"
-    if outcome:
-        print(f"{folder}: {outcome}")
-    return outcome
+    if became:
+        print(f"{folder}: {became}")
+    return became
 
 
 def _sync_job(folder: Path, uri: str | None) -> str:
@@ -137,17 +138,13 @@ def _open(folder: Path, results: dict[str, Any], store: tracking.Store) -> str:
             parent=None,  # _sync_sweep gives it one
             opening=opening,
         )
-    write_results(folder, results | {"mlflow_run_id": run_id, "opening": opening}, _outcome(folder).name)
+    write_results(folder, results | {"mlflow_run_id": run_id, "opening": opening}, outcome_file(folder).name)
     return run_id
-
-
-def _outcome(folder: Path) -> Path:
-    return next(folder / name for name in OUTCOMES if (folder / name).exists())
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what the job found, its tracking settings)"""
-    file = _outcome(folder)
+    file = outcome_file(folder)
     try:
         results = read_results(folder, file.name)
         if file.name != PRUNED and "config_hash" not in results:
@@ -185,7 +182,7 @@ def _check(store: tracking.Store) -> None:
 
 def _sweep_of(folder: Path) -> Path | None:
     """The folder of the sweep that the job belongs to."""
-    return next((parent for parent in folder.resolve().parents if (parent / "sweep.json").exists()), None)
+    return next((parent for parent in folder.resolve().parents if (parent / SWEEP).exists()), None)
 
 
 def _document(sweep: Path) -> dict[str, Any]:

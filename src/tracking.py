@@ -30,7 +30,8 @@ from filelock import FileLock
 from src.config import TrackingConfig
 from src.errors import Pruned, UserError
 from src.files import digest, remove_leftovers, written_atomically
-from src.results import PRUNED, read_table
+from src.machine import environment
+from src.results import PRUNED, outcome_file, read_table
 from src.view import GREY, colour, sweep_view
 
 # Set before mlflow is imported, where the user hasn't: no telemetry, no chatter, and minutes of retries cut short.
@@ -388,8 +389,8 @@ def check(uri: str, experiment: str) -> None:
         _prepare(file)
     try:
         # One retry, as the server may close an idle connection in the very moment in which a request goes out on it.
-        with (
-            _settings(MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT=_PATIENCE),
+        with (  # MLflow reads its settings anew for each request
+            environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT=_PATIENCE),
             _client(uri) as client,
         ):
             found = client.get_experiment_by_name(experiment)
@@ -505,24 +506,12 @@ def _settle() -> None:
     logging.getLogger("alembic").setLevel(logging.ERROR)
 
 
-@contextmanager
-def _settings(**values: str) -> Iterator[None]:
-    """MLflow's settings for the block; it reads them anew for each request."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 def _once(create: Callable[[], T], find: Callable[[], T | None]) -> T:
     """Creates what must not be there twice: MLflow's client would ask again where only the answer was lost."""
     from mlflow.exceptions import MlflowException
 
     def tried() -> T:
-        with _settings(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
+        with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
             return create()
 
     try:
@@ -773,8 +762,7 @@ def upload(folder: Path, run_id: str, uri: str) -> None:
         mark = _contents(folder)
         if run.data.tags.get(_MARK) == mark:
             return
-        outcome = next(name for name in ("results.json", PRUNED) if (folder / name).exists())
-        results = json.loads((folder / outcome).read_text(encoding="utf-8"))
+        results = json.loads(outcome_file(folder).read_text(encoding="utf-8"))
         params = results.get("params", {})
         _log_params(client, run_id, {key: params[key] for key in params.keys() - run.data.params.keys()})
         if results.get("dataset") and not run.inputs.dataset_inputs:

@@ -7,6 +7,8 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,6 +56,25 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)
+
+
+Cli = Callable[..., tuple[int, str, str]]  # arguments → (exit status, stdout, stderr)
+
+
+def call_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """Runs the command in this process; (exit status, stdout, stderr)."""
+    status = run_command(monkeypatch, *arguments)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return partial(call_command, monkeypatch, capsys)
 
 
 def free_port() -> int:

@@ -19,11 +19,9 @@ from src.errors import UserError
 from src.files import made_once
 from src.models import LoadedModel, load_model
 from src.results import PRUNED, DamageError, outcome, read_document, read_results, write_results, write_table
-from tests.conftest import model_config, run_command
+from tests.conftest import Cli, call_command, model_config, run_command
 from tests.test_sweep import TINY, documents
 from tests.test_tracking import job_folder
-
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -32,9 +30,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        status = run_command(monkeypatch, *TINY, *arguments)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+        return call_command(monkeypatch, capsys, *TINY, *arguments)
 
     return call
 

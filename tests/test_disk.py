@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from src.layers import tokenize
 from src.models import LoadedModel
 from src.vectors import encode_words
 from tests import mounts
-from tests.conftest import model_config, run_command
+from tests.conftest import Cli, model_config
 from tests.mounts import Disk, bound, disk, read_only
 from tests.test_tracking import client
 
@@ -30,21 +30,6 @@ TINY = (
 )  # fmt: skip
 UNTRACKED = (*TINY, "tracking=off")
 needs_mounts = pytest.mark.skipif(not mounts.can_mount(), reason="run in a namespace by the last test of this file")
-
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the command in this process, in a folder of its own; returns (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        status = run_command(monkeypatch, *arguments)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
 
 
 def temporary(folder: Path) -> list[Path]:

@@ -22,9 +22,9 @@ from src import baseline, files, overview, study, sweep, tracking
 from src.baseline import baseline_encoding
 from src.layers import tokenize
 from src.models import LoadedModel
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.test_launchers import LONG, Command, start  # noqa: F401 (a fixture)
-from tests.test_sweep import Cli, cli, family, runs, store  # noqa: F401 (fixtures)
+from tests.test_sweep import cli, family, runs, store  # noqa: F401 (fixtures)
 
 ROUNDS = """
 import json, sys

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,14 @@ from src.files import digest
 from src.models import LoadedModel
 from src.plan import done_jobs
 from src.results import read_results
-from tests.conftest import run_command
+from tests.conftest import Cli, call_command
 from tests.test_sweep import TINY
-
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     def call(*arguments: str) -> tuple[int, str, str]:
-        status = run_command(monkeypatch, *arguments)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+        return call_command(monkeypatch, capsys, *arguments)
 
     return call
 

@@ -10,23 +10,10 @@ import pytest
 import torch
 
 from src.results import read_table
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT
 
 SMALL = ["model=tiny", "dataset.limit=60", "dataset.control_size=15", "train.epochs=1", "eval.permutations=99"]
 INFONCE = ["objective=infonce", "objective.layer=final"]
-
-
-@pytest.fixture
-def cli(monkeypatch, tmp_path, capsys):
-    """Runs the command in this process, in a folder of its own; returns (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        status = run_command(monkeypatch, *arguments)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
 
 
 def job_folder(root: Path) -> Path:

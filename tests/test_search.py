@@ -16,7 +16,8 @@ from optuna.trial import TrialState
 from src import report
 from src.evidence import holm
 from src.report_data import read_sweep
-from tests.test_sweep import Cli, background, cli, documents, family, runs, store, wait_for
+from tests.conftest import Cli
+from tests.test_sweep import background, cli, documents, family, runs, store, wait_for
 
 __all__ = ["cli", "store"]  # fixtures
 SEARCH = ("-m", "hydra/sweeper=optuna")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,12 @@ import pytest
 from src import summary
 from src.plan import done_jobs, sweep_id, sweep_root
 from src.results import outcome
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, Cli, call_command, run_command
 
 TINY = (
     "model=tiny", "dataset.limit=40", "dataset.control_size=10", "train.epochs=1", "lora.layers=[1]",
     "eval.permutations=99", "eval.probes=false", "eval.measures=[pair_cosine,mismatched_cosine,margin,csls_p_at_1]",
 )  # fmt: skip
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +37,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        status = run_command(monkeypatch, *line(store, tmp_path, *arguments)[1:])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+        return call_command(monkeypatch, capsys, *line(store, tmp_path, *arguments)[1:])
 
     return call
 

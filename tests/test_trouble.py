@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ import pytest
 
 from src import models, search, sync, tracking
 from src.results import write_sealed
-from tests.conftest import run_command
+from tests.conftest import Cli, call_command
 from tests.test_sweep import TINY, documents
 from tests.test_tracking import client
 from tests.trouble import Fault, Proxy, Rule, after, always, every_other, in_turn, mlflow_server
-
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +44,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
 
     def call(*arguments: str) -> tuple[int, str, str]:
         own = ("tracking=server", f"tracking.uri={proxy.uri}", f"tracking.experiment={tmp_path.name}")
-        status = run_command(monkeypatch, *TINY, *own, *arguments)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+        return call_command(monkeypatch, capsys, *TINY, *own, *arguments)
 
     return call
 

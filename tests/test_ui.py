@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -16,6 +12,7 @@ import pytest
 
 from src import tracking, ui
 from tests.test_tracking import client, history, job_folder
+from tests.trouble import served
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,27 +52,16 @@ def test_serves_until_sigterm_and_leaves_nothing_behind(tmp_path: Path) -> None:
     tracking.upload(job_folder(tmp_path / "job", local, run_id), run_id, local)
     elsewhere = tmp_path / "cwd"
     elsewhere.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "src.ui", "--uri", local, "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=elsewhere, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with served(local, elsewhere) as (process, server):
         assert process.stdout
-        try:
-            server = process.stdout.readline().split()[0]
-            assert server == f"http://127.0.0.1:{port}"
-            experiment = process.stdout.readline().split()[-1]
-            assert experiment.startswith(server) and experiment.endswith("?workflowType=machine_learning")
-            assert b"<html" in get(server)
-            assert get(f"{server}/get-artifact?path=layers.csv&run_uuid={run_id}").startswith(b"layer,stage")
-            track_through(server, tmp_path)
-        finally:
-            family = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(timeout=15)
+        experiment = process.stdout.readline().split()[-1]
+        assert experiment.startswith(server) and experiment.endswith("?workflowType=machine_learning")
+        assert b"<html" in get(server)
+        assert get(f"{server}/get-artifact?path=layers.csv&run_uuid={run_id}").startswith(b"layer,stage")
+        track_through(server, tmp_path)
+        family = psutil.Process(process.pid).children(recursive=True)
     assert family and not [child for child in family if child.is_running()]
-    assert code == 0
+    assert process.returncode == 0
     assert list(elsewhere.iterdir()) == []
 
 

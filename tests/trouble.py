@@ -157,10 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """The address of `python -m src.ui`, which is MLflow's own server, on a store of its own."""
-    store, port = tracking.store_uri(None, folder), free_port()
-    tracking.check(store, "tli")
+def served(store: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`python -m src.ui`, which is MLflow's own server, started in `folder`: its process and its address."""
+    port = free_port()
     command = [sys.executable, "-m", "src.ui", "--uri", store, "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -168,7 +167,16 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         try:
             uri = process.stdout.readline().split()[0]
             assert uri == f"http://127.0.0.1:{port}"
-            yield uri
+            yield process, uri
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=20)
+            process.wait(timeout=15)
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """The address of a server on a store of its own."""
+    store = tracking.store_uri(None, folder)
+    tracking.check(store, "tli")
+    with served(store, folder) as (_, uri):
+        yield uri
