@@ -167,7 +167,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stood(cli: Cli, store: str, tm
     (document,) = documents(tmp_path)
     statuses = [job["status"] for job in document["jobs"]]
     assert statuses[0] == "done" and statuses[-1] == "pending" and document["ended"]
-    assert "not started" in out
+    assert "not started" in out and "viewStateShareKey" in out
     parent, children = family(runs(store, tmp_path))
     assert parent.info.status == "KILLED" and "RUNNING" not in {run.info.status for run in children}
 
