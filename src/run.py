@@ -195,7 +195,7 @@ def main() -> int:
     """The command. Exit status: 0, 1 for a failed job, 2 for bad input, 130 or 143 where a signal ended it."""
     import hydra
 
-    from src import sweep
+    from src import sweep, workers
 
     wait_briefly()  # before torch is imported
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
@@ -220,11 +220,13 @@ def main() -> int:
             raise
         return _report(end.code, None)
     except (KeyboardInterrupt, Exception) as error:
+        workers.arrived()
         if _signals or isinstance(error, KeyboardInterrupt):  # a library may have made an exception of its own of it
             console.fail("interrupted")
             return 128 + max(_signals, default=signal.SIGINT)
         return _report(disk_error(error, sweep.place) or error, None)  # Hydra's own writing doesn't say where
     finally:
+        workers.arrived()
         sweep.close()  # a sweep that was interrupted
     status = max((_report(error, folder) for folder, error in _errors), default=min(sweep.failures, 1))
     return 128 + max(_signals) if _signals else status  # a library may have swallowed the exception

@@ -287,8 +287,10 @@ def judge(job: Mapping[str, Any], folder: Path, epochs: int) -> Judge:
             attempts += 1
         margins.append((epoch, margin))
         write_table(folder / "search.csv", ("epoch", "control_margin"), margins)
+        if attempts > 1:  # Optuna keeps what the first attempt reported, and would judge this one by it
+            return None
         trial.report(sign * margin, epoch)
-        if attempts == 1 and epoch < epochs and trial.should_prune():  # Optuna keeps what the first attempt reported
+        if epoch < epochs and trial.should_prune():
             said = f"after epoch {epoch} of {epochs}: control margin {margin:.4g}, below the finished trials' median"
             return {"pruned": said, "epoch": epoch, "margin": margin}
         return None

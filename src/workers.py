@@ -104,20 +104,31 @@ def ignore_signals() -> None:
 
 
 def raise_surely(error: BaseException) -> NoReturn:
-    """Raises out of a signal's handler, and once more where Python drops that, as in a weak reference's callback."""
+    """Raises out of a signal's handler, and again every tenth of a second that nobody is at it, until `arrived`.
 
-    def again(*_: Any) -> NoReturn:
-        raise error
+    Python drops what is raised in a finalizer or in a weak reference's callback, and libraries swallow exceptions.
+    """
+
+    def again(*_: Any) -> None:
+        handled = sys.exc_info()[1]  # by any frame, the innermost first
+        while handled is not None and handled is not error:
+            handled = handled.__context__
+        if handled is None:
+            raise error
 
     def dropped(what: Any) -> None:
-        if what.exc_value is error:
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        else:
+        if what.exc_value is not error:
             sys.__unraisablehook__(what)
 
     signal.signal(signal.SIGALRM, again)
     sys.unraisablehook = dropped
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
     raise error
+
+
+def arrived() -> None:
+    """What `raise_surely` raises is where it should be; for the block that handles it, or one that ends."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 # --- in a worker --------------------------------------------------------------------------------------------
@@ -137,8 +148,9 @@ def at_work(folder: Path) -> Iterator[None]:
     write_text(folder / AT_WORK, str(os.getpid()))
     _watch_sweep()
     try:
-        with suppress(SystemExit):
-            yield
+        yield
+    except SystemExit:
+        arrived()
     finally:
         (folder / AT_WORK).unlink(missing_ok=True)
         if _alone.is_set():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import pickle
 import shutil
 import sys
 import tempfile
@@ -34,6 +36,13 @@ needs_mounts = pytest.mark.skipif(not mounts.can_mount(), reason="run in a names
 
 def temporary(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*") if path.name not in (".hydra", ".upload.lock", ".opening.lock")]
+
+
+def test_an_error_of_the_disk_comes_whole_out_of_a_worker() -> None:
+    """Launchers hand it on as a pickle."""
+    error = DiskError(errno.ENOSPC, "No space left on device", "/data/adapter", "free some space")
+    handed = pickle.loads(pickle.dumps(error))
+    assert type(handed) is DiskError and str(handed) == str(error) and handed.errno == errno.ENOSPC
 
 
 # --- the job's folder ---------------------------------------------------------------------------------------

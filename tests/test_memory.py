@@ -40,7 +40,7 @@ def test_encoding_and_training_go_on_with_half_the_batch(tmp_path, monkeypatch):
     (tmp_path / "short").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TLI_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.limited", "encode_before=85,train_adapter=380", *LARGE, "train.batch_size=256"],
+        [sys.executable, "-m", "tests.limited", "encode_before=120,train_adapter=400", *LARGE, "train.batch_size=256"],
         cwd=tmp_path / "short", env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

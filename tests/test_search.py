@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import sqlite3
@@ -13,7 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from src import report
+from src import report, search
 from src.evidence import holm
 from src.report_data import read_sweep
 from tests.conftest import Cli
@@ -180,6 +181,43 @@ def test_a_trial_with_a_low_margin_is_pruned(cli: Cli, store: str, tmp_path: Pat
     status, out, err = cli(*arguments, "hydra.sweeper.n_trials=5")
     assert (status, err) == (0, "") and len(list(tmp_path.glob("multirun/*/*/*/run.log"))) == 4
     assert study.trials[-1].state == TrialState.PRUNED and "5 of 5 trials, 1 of them with another's setting" in out
+
+
+def test_a_trial_that_began_anew_for_want_of_memory_is_not_pruned(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, tmp_path: Path
+) -> None:
+    """Optuna would judge the second attempt by what the first one reported."""
+    arguments = (*SEARCH, "train.epochs=2", "train.learning_rate=interval(1e-5,0.01)")
+    arguments += ("hydra.sweeper.warmup_trials=2", "hydra.sweeper.warmup_epochs=0")
+    assert cli(*arguments, "hydra.sweeper.n_trials=1")[0] == 0
+    study = study_of(documents(tmp_path)[0])
+    for rate in (1e-4, 0.008):  # the last hurts the margin
+        study.enqueue_trial({"train.learning_rate": rate})
+    assert cli(*arguments, "hydra.sweeper.n_trials=2")[0] == 0
+
+    judge = search.judge
+
+    def short_of_memory(*args: Any) -> search.Judge:
+        judged, calls = judge(*args), []
+
+        def one(epoch: int, margin: float) -> dict[str, Any] | None:
+            calls.append(epoch)
+            if len(calls) > 1:
+                return judged(epoch, margin)
+            judged(epoch, 9.0)  # so good that the attempt goes on, and so that none can be better than it
+            raise MemoryError
+
+        return one
+
+    monkeypatch.setattr(search, "judge", short_of_memory)
+    status, out, err = cli(*arguments, "hydra.sweeper.n_trials=3")
+    assert status == 0 and "3 jobs: 3 done" in out and "train.batch_size=" in err
+    job = documents(tmp_path)[-1]["jobs"][-1]
+    with (Path(job["folder"]) / "search.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    margins = [float(row["control_margin"]) for row in rows]
+    others = [list(trial.intermediate_values.values()) for trial in study.trials[:2]]
+    assert [row["epoch"] for row in rows] == ["1", "2"] and margins[0] < min(values[0] for values in others)
 
 
 def series(store: str, run: Any) -> list[tuple[int, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from src import summary
 from src.plan import done_jobs, sweep_id, sweep_root
-from src.results import outcome
+from src.results import is_repetition, outcome, repetition
 from tests.conftest import ROOT, Cli, call_command, run_command
 
 TINY = (
@@ -292,6 +293,8 @@ def test_seeds_are_averaged_with_student_s_interval() -> None:
     assert rows == [
         ["r4 L1, 3 seeds", "aligned 3", "+2.0000 [-0.4841, +4.4841]", "+0.5000 [+0.5000, +0.5000]"],
     ]
+    found[2]["train_batch_size_used"] = 32  # memory ran out: another setting than was asked for
+    assert [row[0] for row in summary.seed_rows(found)] == ["r4 L1, 2 seeds"]
 
 
 def test_only_whole_job_folders_count_as_done(tmp_path: Path) -> None:
@@ -300,6 +303,9 @@ def test_only_whole_job_folders_count_as_done(tmp_path: Path) -> None:
     for number, text in enumerate(['{"config_hash": "a", "data', json.dumps(good), "[]", "", '{"config_hash": "a"}']):
         (root / "day" / "time" / str(number)).mkdir(parents=True)
         (root / "day" / "time" / str(number) / "results.json").write_text(text)
+    again = repetition(root / "day" / "time" / "1")
+    shutil.copytree(root / "day" / "time" / "1", again)
+    assert is_repetition(again) and not is_repetition(root / "day" / "time" / "1")
     assert done_jobs(root) == {("a", "d", "i"): [root / "day/time/1"]}
     assert sweep_root(root / "day/time") == root and sweep_id(root / "day/time") == "day/time"
     assert sweep_root(tmp_path / "own") == tmp_path / "own" and sweep_id(tmp_path / "own") == str(tmp_path / "own")
