@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from src.machine import wait_briefly
@@ -37,7 +37,7 @@ from bench.peers import Task
 from bench.scale import cache_with_models
 from src import study
 from src.config import Config, read_config, register
-from src.layers import encode, tokenize, tree_size
+from src.layers import blocks, encode, tokenize, tree_size
 from src.models import LoadedModel, _held, adapter, load_model
 from src.packaged import packaged_folder
 
@@ -122,13 +122,16 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
     it = prepared(config)
     pairs = [(pair.source, pair.target) for pair in it.words.train]
     losses: dict[str, list[float]] = {}
-    blocks = [index + 1 for index in task.layers]
+    adapted = [index + 1 for index in task.layers]
     read = (task.read,) if task.read > 0 else ("final",)
+    words = [word for pair in pairs for word in pair]
 
     def ours() -> None:
-        fresh = prepared(config)  # with tokenizing, as the peers do
-        with adapter(it.loaded.model, config.lora, blocks, seed=0) as model:
-            losses["ours"], _ = study.train_adapter(fresh, model, read, silent)
+        with adapter(it.loaded.model, config.lora, adapted, seed=0) as model:
+            began = time.perf_counter()
+            tokenize(words, it.loaded.tokenizer)  # counted, as the peers do it in their loops
+            losses["ours"], _ = study.train_adapter(it, model, read, silent)
+            spent["TLI Lab"].append(time.perf_counter() - began)
 
     def script() -> None:
         model, tokenizer = peers.peft_model(folder, task)
@@ -142,15 +145,57 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
         peers.train_sentence_transformer(model, pairs, task)
         spent["(b) sentence-transformers"].append(time.perf_counter() - began)
 
-    # A peer's loading isn't counted, so it takes its own time.
-    spent: Measured = {"(a) PEFT script": [], "(b) sentence-transformers": []}
+    # Loading the model and attaching the adapter aren't counted, so each takes its own time.
+    spent: Measured = {"(a) PEFT script": [], "(b) sentence-transformers": [], "TLI Lab": []}
+    tokens = _tokens_of_steps(it.loaded, ours)[-len(losses["ours"]) :]
+    step = _products(it.loaded, task, round(mean(tokens)))
     with peers.cut_to(folder, task.read if task.read > 0 else it.loaded.n_layers) as cut:
-        calls: dict[str, Callable[[], Any]] = {"a": script, "b": lambda: sentence(cut), "TLI Lab": ours}
-        own = take_turns(calls, repeats)["TLI Lab"]
-    print(f"{title}; {len(pairs)} pairs\n")
-    table({name: values[1:] for name, values in spent.items()} | {"TLI Lab": own}, "TLI Lab")
+        calls: dict[str, Callable[[], Any]] = {"a": script, "b": lambda: sentence(cut), "ours": ours}
+        calls["products"] = lambda: [step() for _ in tokens]
+        products = take_turns(calls, repeats)["products"]
+    print(f"{title}; {len(pairs)} pairs, {sum(tokens)} tokens in {len(tokens)} steps\n")
+    table({name: values[-repeats:] for name, values in spent.items()} | {"its products alone": products}, "TLI Lab")
     apart = max(abs(a - b) for a, b in zip(losses["script"], losses["ours"], strict=True))
     print(f"\nLargest difference between (a)'s losses and ours over {len(losses['ours'])} steps: {apart:.1e}\n")
+
+
+def _tokens_of_steps(loaded: LoadedModel, call: Callable[[], Any]) -> list[int]:
+    """How many tokens each forward of the call runs."""
+    found: list[int] = []
+    embeddings: Any = loaded.model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _, args: found.append(args[0].numel()))
+    call()
+    hook.remove()
+    return found
+
+
+def _products(loaded: LoadedModel, task: Task, tokens: int) -> Callable[[], None]:
+    """The matrix products of a training step over so many tokens, and nothing else: the floor.
+
+    Forward to the layer of the loss; backward, for activations alone, down to the first adapter.
+    """
+    stack = [
+        [(name, weight.detach()) for name, weight in block.named_parameters() if weight.ndim == 2]
+        for block in list(blocks(loaded.model))[: task.read if task.read > 0 else None]
+    ]
+    forward = [weight for block in stack for _, weight in block]
+    before = (
+        "q_proj.weight",
+        "k_proj.weight",
+        "v_proj.weight",
+    )  # of the first adapted block: its input has no gradient
+    first, *others = stack[task.layers[0] :]
+    back = [weight for block in others for _, weight in block]
+    back += [weight for name, weight in first if not name.endswith(before)]
+    states = {width: torch.randn(tokens, width) for weight in forward for width in weight.shape}
+
+    def step() -> None:
+        for weight in forward:
+            torch.nn.functional.linear(states[weight.shape[1]], weight)
+        for weight in back:
+            _ = states[weight.shape[0]] @ weight
+
+    return step
 
 
 # --- encoding -----------------------------------------------------------------------------------------------
@@ -202,8 +247,6 @@ def arithmetic(repeats: int) -> None:
 
 
 def _matrices(loaded: LoadedModel) -> list[torch.Tensor]:
-    from src.layers import blocks
-
     return [weight.detach() for weight in blocks(loaded.model).parameters() if weight.ndim == 2]
 
 
@@ -246,7 +289,7 @@ def _sweep(folder: Path) -> None:
 
 def _marginal(folder: Path) -> dict[str, float]:
     """Seconds from one job's results to the next one's, of their arithmetic, and from results to the closed run."""
-    jobs = sorted(folder.rglob("results.json"), key=lambda file: file.stat().st_mtime)
+    jobs = sorted((folder / "multirun").rglob("results.json"), key=lambda file: file.stat().st_mtime)
     ends = [file.stat().st_mtime for file in jobs]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in jobs]
     encode = found[0]["time/encode_s"]  # the others find the untouched model's vectors in the cache

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Bool, Float, Int
@@ -57,7 +58,7 @@ def measure(
     if asked := set(wanted) & {"nn_p_at_1", "csls_p_at_1", "csls_p_at_5", "mrr", "mexa"}:
         found |= _retrieval(source, target, relevant, asked)
     if "procrustes_p_at_1" in wanted and fitted_on is not None:
-        rotated = source.float() @ _rotation(*fitted_on)
+        rotated = _rotated(source, *fitted_on)
         found["procrustes_p_at_1"] = _share(csls_ranks(rotated, target, relevant) == 1)
     return {name: found[name] for name in wanted}
 
@@ -112,11 +113,23 @@ def _recentred(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return centred.div_(norms.where(norms > 1e-6, torch.inf))
 
 
-def _rotation(source: Float[Tensor, "m d"], target: Float[Tensor, "m d"]) -> Float[Tensor, "d d"]:
-    """The orthogonal map that brings `source` nearest to `target` (Schönemann 1966)."""
+def _rotated(
+    vectors: Float[Tensor, "n d"], source: Float[Tensor, "m d"], target: Float[Tensor, "m d"]
+) -> Float[Tensor, "n d"]:
+    """Unit vectors after the orthogonal map that brings `source` nearest to `target` (Schönemann 1966).
+
+    Fewer pairs than dimensions say nothing of what is orthogonal to all of them: that part of a vector is left out,
+    where a whole map would turn it at random, at a cost that grows with d³.
+    """
     _check(source, target)
-    left, _, right = torch.linalg.svd(source.float().T @ target.float())
-    return left @ right
+    source, target, vectors = source.float(), target.float(), vectors.float()
+    if len(source) >= source.shape[1]:
+        left, _, right = torch.linalg.svd(source.T @ target)
+        return vectors @ (left @ right)
+    basis, seen = torch.linalg.qr(source.T)
+    other_basis, other_seen = torch.linalg.qr(target.T)
+    left, _, right = torch.linalg.svd(seen @ other_seen.T)
+    return functional.normalize(vectors @ basis @ (left @ right) @ other_basis.T)
 
 
 def _retrieval(

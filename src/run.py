@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from src import console
+from src import console, interrupts
 from src.config import ROOT, Config, read_config, refuse_odd_options, register
 from src.errors import DiskError, Pruned, UserError
 from src.files import disk_error, write_text
@@ -195,19 +195,18 @@ def main() -> int:
     """The command. Exit status: 0, 1 for a failed job, 2 for bad input, 130 or 143 where a signal ended it."""
     import hydra
 
-    from src import sweep, workers
+    from src import sweep
 
     wait_briefly()  # before torch is imported
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupted)
     if "--debug" in sys.argv:
         os.environ["TLI_DEBUG"] = "1"  # workers have it from there
     words = [word for word in sys.argv[1:] if word != "--debug"]
-    register()
     sweep.failures = 0
     _signals.clear()
     try:
+        interrupts.on_signals(_interrupted)
+        register()
         refuse_odd_options(words)
         config_name, words = past_job(words)
         sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # else `a=1 -m b=2` fails
@@ -220,27 +219,27 @@ def main() -> int:
             raise
         return _report(end.code, None)
     except (KeyboardInterrupt, Exception) as error:
-        workers.arrived()
+        interrupts.arrived()
         if _signals or isinstance(error, KeyboardInterrupt):  # a library may have made an exception of its own of it
             console.fail("interrupted")
             return 128 + max(_signals, default=signal.SIGINT)
         return _report(disk_error(error, sweep.place) or error, None)  # Hydra's own writing doesn't say where
     finally:
-        workers.arrived()
+        interrupts.arrived()
         sweep.close()  # a sweep that was interrupted
     status = max((_report(error, folder) for folder, error in _errors), default=min(sweep.failures, 1))
     return 128 + max(_signals) if _signals else status  # a library may have swallowed the exception
 
 
-def _interrupted(number: int, _: Any) -> None:
+def _interrupted(number: int) -> None:
     """Ends the workers first: what a launcher does about an exception gives them no time to close their runs."""
-    from src import sweep, workers
+    from src import sweep
 
-    workers.ignore_signals()  # an impatient second Ctrl-C must not leave workers behind
+    interrupts.ignore_signals()  # an impatient second Ctrl-C must not leave workers behind
     _signals.append(number)
     sweep.stop()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on it ends everything at once
-    workers.raise_surely(KeyboardInterrupt())
+    interrupts.raise_surely(KeyboardInterrupt())
 
 
 def _report(error: Exception, folder: Path | None) -> int:

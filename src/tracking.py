@@ -16,7 +16,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from filelock import FileLock
 from src.config import TrackingConfig
 from src.errors import Pruned, UserError
 from src.files import digest, remove_leftovers, written_atomically
+from src.interrupts import undivided
 from src.machine import environment
 from src.results import PRUNED, outcome_file, read_table
 from src.view import GREY, colour, sweep_view
@@ -526,7 +527,10 @@ def _once(create: Callable[[], T], find: Callable[[], T | None]) -> T:
 
 @contextmanager
 def _client(uri: str) -> Iterator[Any]:
-    """Yields an MlflowClient; whatever goes wrong with the store inside becomes a TrackingError."""
+    """Yields an MlflowClient; whatever goes wrong with the store inside becomes a TrackingError.
+
+    A signal waits for the end where the store is a database of ours; a server's answer may take minutes.
+    """
     _settle()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -534,7 +538,8 @@ def _client(uri: str) -> Iterator[Any]:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        yield MlflowClient(tracking_uri=uri)
+        with undivided() if database(uri) else nullcontext():
+            yield MlflowClient(tracking_uri=uri)
     except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if failed := re.search(r"too many (\d+) error responses", reason):

@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, RLock, Thread
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -24,6 +24,7 @@ from src import console
 from src.config import ROOT
 from src.errors import UserError
 from src.files import write_text
+from src.interrupts import arrived, ignore_signals, on_signals, raise_surely
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -97,40 +98,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ignore_signals() -> None:
-    """From now on SIGINT and SIGTERM do nothing here, until other handlers are set."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN: Python complains where a signal is on its way already
-
-
-def raise_surely(error: BaseException) -> NoReturn:
-    """Raises out of a signal's handler, and again every tenth of a second that nobody is at it, until `arrived`.
-
-    Python drops what is raised in a finalizer or in a weak reference's callback, and libraries swallow exceptions.
-    """
-
-    def again(*_: Any) -> None:
-        handled = sys.exc_info()[1]  # by any frame, the innermost first
-        while handled is not None and handled is not error:
-            handled = handled.__context__
-        if handled is None:
-            raise error
-
-    def dropped(what: Any) -> None:
-        if what.exc_value is not error:
-            sys.__unraisablehook__(what)
-
-    signal.signal(signal.SIGALRM, again)
-    sys.unraisablehook = dropped
-    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
-    raise error
-
-
-def arrived() -> None:
-    """What `raise_surely` raises is where it should be; for the block that handles it, or one that ends."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
-
-
 # --- in a worker --------------------------------------------------------------------------------------------
 
 
@@ -141,8 +108,7 @@ def at_work(folder: Path) -> Iterator[None]:
     A signal ends the block as it would in the only process, by a SystemExit, in time to close the run. The worker
     stays: pools complain of one that goes, and there is no further job for it in a sweep that was ended.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end_job)
+    on_signals(_end_job)
     if pool := sys.modules.get("joblib.externals.loky.process_executor"):
         pool.__dict__["_MAX_MEMORY_LEAK_SIZE"] = math.inf  # else a worker that grows by 300 MB is replaced
     write_text(folder / AT_WORK, str(os.getpid()))
@@ -181,7 +147,7 @@ def _end_after(number: int) -> None:
 _alone = Event()  # set once the sweep's process is gone
 
 
-def _end_job(number: int, _: Any) -> None:
+def _end_job(number: int) -> None:
     ignore_signals()  # a terminal's Ctrl-C comes twice: by itself, and from the sweep's process
     raise_surely(SystemExit(128 + number))
 

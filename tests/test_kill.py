@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from src import baseline, files, overview, study, sweep, tracking
 from src.baseline import baseline_encoding
@@ -141,6 +143,31 @@ def test_a_job_whose_upload_a_signal_cut_off_is_uploaded_at_the_sweep_s_end(
     assert (parent.info.status, child.info.status) == ("KILLED", "FINISHED")
     (folder,) = (file.parent for file in tmp_path.glob("multirun/*/*/*/results.json"))
     assert tracking.upload_state(folder, child.info.run_id, store) == "uploaded"
+
+
+@pytest.mark.parametrize("statement", ["INSERT INTO params", "INSERT INTO metrics", "SELECT runs."])
+def test_a_signal_within_a_query_waits_for_its_end(
+    cli: Cli,  # noqa: F811
+    store: str,  # noqa: F811
+    tmp_path: Path,
+    statement: str,
+) -> None:
+    """SQLite's lock would stay with the query, and nobody could close the runs."""
+    met: list[str] = []
+
+    def interrupt(_connection: Any, _cursor: Any, executed: str, *_: Any) -> None:
+        if executed.startswith(statement) and not met:
+            met.append(executed)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    event.listen(Engine, "after_cursor_execute", interrupt)
+    try:
+        status, _, err = cli("-m", "lora.rank=1,2", "train=none")
+    finally:
+        event.remove(Engine, "after_cursor_execute", interrupt)
+    assert met and status == 130 and err.startswith("error: interrupted\n") and "warning" not in err
+    assert {run.info.status for run in runs(store, tmp_path).values()} <= {"KILLED", "FINISHED"}
 
 
 def terminate() -> None:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from src import measures
@@ -189,6 +190,21 @@ def test_procrustes_undoes_a_rotation():
     assert found["procrustes_p_at_1"] > 0.95
     few = measure(source[100:], turned[100:], alone(100), fitted_on=(source[:5], turned[:5]))  # too few to fit
     assert few["procrustes_p_at_1"] < 0.5
+
+
+def test_procrustes_with_fewer_pairs_than_dimensions_is_the_whole_map_where_pairs_tell_of_it():
+    """SciPy's own map, for vectors that the fitted ones span; what is orthogonal to all of them has no place."""
+    draw = torch.Generator().manual_seed(0)
+    source, target = (unit(torch.randn(10, 24, generator=draw)) for _ in range(2))
+    mixed = unit(torch.randn(7, 10, generator=draw) @ source)
+    whole = torch.from_numpy(orthogonal_procrustes(source.numpy(), target.numpy())[0])
+    torch.testing.assert_close(measures._rotated(mixed, source, target), mixed @ whole, atol=1e-5, rtol=0)
+    beside = torch.linalg.qr(source.T, mode="complete")[0][:, 10:].T
+    moved = measures._rotated(unit(mixed[:1] + beside[:1]), source, target)
+    torch.testing.assert_close(moved, mixed[:1] @ whole, atol=1e-5, rtol=0)
+    square = (unit(torch.randn(30, 24, generator=draw)), unit(torch.randn(30, 24, generator=draw)))
+    expected = torch.from_numpy(orthogonal_procrustes(square[0].numpy(), square[1].numpy())[0])
+    torch.testing.assert_close(measures._rotated(square[0], *square), square[0] @ expected, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_is_measured_in_float32():
