@@ -70,7 +70,7 @@ def _packed_for_onednn(model: Any) -> Any:
     for module in layers.blocks(model).modules():
         if isinstance(module, torch.nn.Linear):
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
-            module.forward = partial(_linear, weight)
+            module.forward = partial(_linear, weight)  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
