@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _undivided = 0  # how many such blocks the main thread is in, where Python runs handlers
 _waiting: list[Callable[[], None]] = []  # for the end of the outermost
+_raised: BaseException | None = None  # by `raise_surely`, until it has arrived
 
 
 def on_signals(action: Callable[[int], None]) -> None:
@@ -58,6 +59,8 @@ def raise_surely(error: BaseException) -> NoReturn:
     Python drops what is raised in a finalizer or in a weak reference's callback, and libraries swallow exceptions.
     """
 
+    global _raised
+
     def again(*_: Any) -> None:
         handled = sys.exc_info()[1]  # by any frame, the innermost first
         while handled is not None and handled is not error:
@@ -69,12 +72,20 @@ def raise_surely(error: BaseException) -> NoReturn:
         if what.exc_value is not error:
             sys.__unraisablehook__(what)
 
+    _raised = error
     signal.signal(signal.SIGALRM, again)
     sys.unraisablehook = dropped
     signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
     raise error
 
 
+def under_way() -> BaseException | None:
+    """What `raise_surely` raises and hasn't arrived: an exception met instead is what a library has made of it."""
+    return _raised
+
+
 def arrived() -> None:
     """What `raise_surely` raises is where it should be; for the block that handles it, or one that ends."""
+    global _raised
     signal.setitimer(signal.ITIMER_REAL, 0)
+    _raised = None

@@ -176,6 +176,8 @@ def _attempt(composed: DictConfig, folder: Path, planned: Mapping[str, Any] | No
     except Pruned as pruned:
         print(f"pruned: {pruned}")
     except Exception as error:
+        if interruption := interrupts.under_way():  # a library has made an exception of its own of it
+            raise interruption from error
         log.error("%s", error, exc_info=error)
         try:
             results.record_failure(folder, error)

@@ -30,7 +30,7 @@ from filelock import FileLock
 from src.config import TrackingConfig
 from src.errors import Pruned, UserError
 from src.files import digest, remove_leftovers, written_atomically
-from src.interrupts import undivided
+from src.interrupts import under_way, undivided
 from src.machine import environment
 from src.results import PRUNED, outcome_file, read_table
 from src.view import GREY, colour, sweep_view
@@ -146,7 +146,11 @@ def tracked(folder: Path, store: Store | None, description: Mapping[str, Any]) -
                 run.link = run_link(store.uri, run.id)
     except BaseException as error:
         if store and (run.id or opening):
-            abandon(store, run.id, run.opening, "FAILED" if isinstance(error, Exception) else "KILLED")
+            if under_way() or not isinstance(error, Exception):
+                with undivided():
+                    abandon(store, run.id, run.opening, "KILLED")
+            else:
+                abandon(store, run.id, run.opening, "FAILED")
         raise
     if pruned:
         raise pruned

@@ -185,22 +185,32 @@ def swallow() -> None:
         terminate()
 
 
-@pytest.mark.parametrize("place", [Collected, swallow])
+def make_another_of_it() -> None:
+    """As Matplotlib's C++ does: the new exception doesn't know the old one."""
+    swallow()
+    raise ValueError("Invalid affine transformation matrix")
+
+
+@pytest.mark.parametrize("place", [Collected, swallow, make_another_of_it])
 def test_a_signal_is_not_lost_where_its_exception_is(
     monkeypatch: pytest.MonkeyPatch,
     cli: Cli,  # noqa: F811
+    store: str,  # noqa: F811
+    tmp_path: Path,
     place: Callable[[], Any],
 ) -> None:
-    prepare = study.prepare
+    measure = study.measure_before
 
     def met(*args: Any) -> Any:
         place()
         time.sleep(0.5)
-        return prepare(*args)
+        return measure(*args)
 
-    monkeypatch.setattr(study, "prepare", met)
-    status, out, err = cli("-m", "lora.rank=1,2", "train=none", "tracking=off")
+    monkeypatch.setattr(study, "measure_before", met)
+    status, out, err = cli("-m", "lora.rank=1,2", "train=none")
     assert status == 143 and "2 jobs: 1 killed, 1 not started" in out and "Traceback" not in err
+    parent, (child,) = family(runs(store, tmp_path))
+    assert (parent.info.status, child.info.status) == ("KILLED", "KILLED")
 
 
 # --- what a kill leaves -------------------------------------------------------------------------------------
