@@ -20,10 +20,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+from unittest.mock import patch
 
 from src.machine import wait_briefly
 
@@ -320,6 +321,9 @@ def nf4(repeats: int) -> None:
         it = prepared(setting(f"quant={quant}", "train.epochs=1", "dataset.limit=150", "dataset.control_size=22"))
         for read in ((2,), ("final",)):
             contenders[f"train at {read[0]}, {quant}"] = lambda it=it, read=read: _epoch(it, read)
+            if quant == "nf4":
+                each_time = f"train at {read[0]}, nf4, unpacked at each product"
+                contenders[each_time] = lambda it=it, read=read: _epoch_of_packed(it, read)
         contenders[f"encode, {quant}"] = lambda it=it: encode(it.loaded.model, [*it.source[:128], *it.target[:128]])
         _held.clear()  # the next model must not push this one out: both take turns
     seconds = take_turns(contenders, repeats)
@@ -331,6 +335,11 @@ def nf4(repeats: int) -> None:
 def _epoch(it: study.Study, read: tuple[Any, ...]) -> None:
     with adapter(it.loaded.model, it.config.lora, [1, 2], seed=0) as model:
         study.train_adapter(it, model, read, silent)
+
+
+def _epoch_of_packed(it: study.Study, read: tuple[Any, ...]) -> None:
+    with patch.object(study, "unpacked", lambda *_: nullcontext()):
+        _epoch(it, read)
 
 
 if __name__ == "__main__":
