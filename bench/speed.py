@@ -180,11 +180,7 @@ def _products(loaded: LoadedModel, task: Task, tokens: int) -> Callable[[], None
         for block in list(blocks(loaded.model))[: task.read if task.read > 0 else None]
     ]
     forward = [weight for block in stack for _, weight in block]
-    before = (
-        "q_proj.weight",
-        "k_proj.weight",
-        "v_proj.weight",
-    )  # of the first adapted block: its input has no gradient
+    before = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # the first adapted block's input has no gradient
     first, *others = stack[task.layers[0] :]
     back = [weight for block in others for _, weight in block]
     back += [weight for name, weight in first if not name.endswith(before)]

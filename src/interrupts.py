@@ -58,7 +58,6 @@ def raise_surely(error: BaseException) -> NoReturn:
 
     Python drops what is raised in a finalizer or in a weak reference's callback, and libraries swallow exceptions.
     """
-
     global _raised
 
     def again(*_: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import signal
 import sqlite3
@@ -17,6 +16,7 @@ from optuna.trial import TrialState
 from src import report, search
 from src.evidence import holm
 from src.report_data import read_sweep
+from src.results import read_table
 from tests.conftest import Cli
 from tests.test_sweep import background, cli, documents, family, runs, store, wait_for
 
@@ -213,8 +213,7 @@ def test_a_trial_that_began_anew_for_want_of_memory_is_not_pruned(
     status, out, err = cli(*arguments, "hydra.sweeper.n_trials=3")
     assert status == 0 and "3 jobs: 3 done" in out and "train.batch_size=" in err
     job = documents(tmp_path)[-1]["jobs"][-1]
-    with (Path(job["folder"]) / "search.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(Path(job["folder"]) / "search.csv")
     margins = [float(row["control_margin"]) for row in rows]
     others = [list(trial.intermediate_values.values()) for trial in study.trials[:2]]
     assert [row["epoch"] for row in rows] == ["1", "2"] and margins[0] < min(values[0] for values in others)
