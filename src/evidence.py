@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU m
 FEWEST = 5  # pairs
 MOST = 2_000  # pairs in the n × n tests; more are sampled
 RESAMPLES = 10_000  # of the bootstrap
+CACHED = 200_000  # numbers drawn and added up at once: what a cache holds
 LARGEST_EFFECT = 1e6  # stands for an infinite Cohen's d_z, which JSON can't hold
 WORSE = 0.2  # a fall of P@1 below this p withholds `aligned`: guarding a claim takes less evidence than making one
 
@@ -96,24 +97,7 @@ def specificity_test(
     more wildly than others and translations do so together; the bare mean gain then finds effects that aren't there.
     A change within the rounding error of the inputs' type is none: p-values 1. Raises ValueError if not finite.
     """
-    old, new = _array(before), _array(after)
-    if not (np.isfinite(old).all() and np.isfinite(new).all()):
-        raise ValueError("a similarity isn't finite")
-    n = len(old)
-    change = _double_centred(new - old)
-    spread = float(np.sqrt(np.mean(change**2))) if n else 0.0
-    rounding = 4 * max(_epsilon(before), _epsilon(after)) * max(np.abs(old).max(initial=0), np.abs(new).max(initial=0))
-    if n < 2 or spread <= rounding:
-        return SpecificityResult(0.0, 1.0, 1.0, np.zeros(permutations))
-    unbias = n / (n - 1)  # from "above the mean of all entries" to "above the mean of the others"
-    observed_gain, observed = (float(x[0]) for x in _matched(change, np.arange(n)[None], spread))
-    gains, scores = _random_matchings(change, spread, permutations, np.random.default_rng(seed))
-    slack = 1e-9 * max(1.0, abs(observed))  # equal sums that were added up in another order are ties
-    more = (1 + int((scores >= observed - slack).sum())) / (1 + permutations)
-    less = (1 + int((scores <= observed + slack).sum())) / (1 + permutations)
-    if n < FEWEST:
-        more = less = 1.0
-    return SpecificityResult(observed_gain * unbias, more, less, gains * unbias)
+    return _specificity_tests([_change(before, after)], permutations, seed)[0]
 
 
 def gather_evidence(
@@ -145,8 +129,8 @@ def gather_evidence(
     chosen = torch.as_tensor(np.sort(rng.permutation(chosen)[:MOST]), device=source_before.device)
     before = _similarities(source_before[chosen], target_before[chosen])
     after = _similarities(source_after[chosen], target_after[chosen])
-    raw = specificity_test(before, after, permutations=permutations, seed=seed)
-    scaled = specificity_test(_scaled(before), _scaled(after), permutations=permutations, seed=seed)
+    changes = [_change(before, after), _change(_scaled(before), _scaled(after))]
+    raw, scaled = _specificity_tests(changes, permutations, seed)
     low, high = _interval(gains, seed)
     t_pvalue, wilcoxon_pvalue, effect = _paired(gains)
     found = SplitEvidence(
@@ -268,29 +252,64 @@ def _double_centred(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"
     return matrix - matrix.mean(0) - matrix.mean(1, keepdims=True) + matrix.mean()
 
 
-def _matched(
-    change: Float[np.ndarray, "n n"], matchings: Int[np.ndarray, "p n"], spread: float
-) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
-    """Mean gain of each matching, and that over its standard error (floored, so that none is divided by 0)."""
-    n = len(change)
-    gains = change.ravel().take(matchings + np.arange(0, n * n, n, dtype=matchings.dtype))
+class _Change(NamedTuple):
+    """What the similarities gained, double-centred, and its root mean square: 0 if no more than rounding error."""
+
+    gains: Float[np.ndarray, "n n"]
+    spread: float
+
+
+def _change(before: np.ndarray | Tensor, after: np.ndarray | Tensor) -> _Change:
+    old, new = _array(before), _array(after)
+    if not (np.isfinite(old).all() and np.isfinite(new).all()):
+        raise ValueError("a similarity isn't finite")
+    gains = _double_centred(new - old)
+    spread = float(np.sqrt(np.mean(gains**2))) if len(gains) > 1 else 0.0
+    rounding = 4 * max(_epsilon(before), _epsilon(after)) * max(np.abs(old).max(initial=0), np.abs(new).max(initial=0))
+    return _Change(gains, spread if spread > rounding else 0.0)
+
+
+def _specificity_tests(changes: Sequence[_Change], permutations: int, seed: int) -> list[SpecificityResult]:
+    """`specificity_test` of several changes of the same pairs; drawing the matchings takes longest, so once for all."""
+    n, rng = len(changes[0].gains), np.random.default_rng(seed)
+    nulls = np.zeros((len(changes), 2, permutations))
+    moved = [i for i, change in enumerate(changes) if change.spread]
+    rows = max(1, CACHED // max(1, n))
+    for start in range(0, permutations if moved else 0, rows):
+        part = slice(start, min(start + rows, permutations))
+        # numpy shuffles integers of the machine's own size fastest
+        cells = rng.permuted(np.broadcast_to(np.arange(n), (part.stop - start, n)), axis=1)
+        cells += np.arange(0, n * n, n)
+        for i in moved:
+            nulls[i, :, part] = _matched(changes[i], cells)
+    return [_compared(change, *null) for change, null in zip(changes, nulls, strict=True)]
+
+
+def _compared(change: _Change, gains: Float[np.ndarray, " p"], scores: Float[np.ndarray, " p"]) -> SpecificityResult:
+    """The true matching against the random ones' mean gains, and these over their standard errors."""
+    if not change.spread:
+        return SpecificityResult(0.0, 1.0, 1.0, gains)
+    n = len(change.gains)
+    unbias = n / (n - 1)  # from "above the mean of all entries" to "above the mean of the others"
+    observed_gain, observed = (float(x[0]) for x in _matched(change, np.arange(0, n * n, n + 1)[None]))
+    slack = 1e-9 * max(1.0, abs(observed))  # equal sums that were added up in another order are ties
+    more = (1 + int((scores >= observed - slack).sum())) / (1 + len(scores))
+    less = (1 + int((scores <= observed + slack).sum())) / (1 + len(scores))
+    if n < FEWEST:
+        more = less = 1.0
+    return SpecificityResult(observed_gain * unbias, more, less, gains * unbias)
+
+
+def _matched(change: _Change, cells: Int[np.ndarray, "p n"]) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
+    """Mean gain of each matching, and that over its standard error (floored, so that none is divided by 0).
+
+    A row of `cells` holds where the pairs of one matching stand in the matrix, counted row by row.
+    """
+    n = len(change.gains)
+    gains = change.gains.ravel()[cells]
     mean = gains.mean(1)
     variance = np.einsum("ij,ij->i", gains, gains) / n - mean**2
-    return mean, mean / np.sqrt(np.maximum(variance, (1e-6 * spread) ** 2) / n)
-
-
-def _random_matchings(
-    change: Float[np.ndarray, "n n"], spread: float, permutations: int, rng: np.random.Generator
-) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
-    """`_matched` for random matchings, a cache's worth at a time."""
-    n = len(change)
-    gains, scores = np.empty(permutations), np.empty(permutations)
-    rows = max(1, 200_000 // n)
-    for start in range(0, permutations, rows):
-        part = slice(start, min(start + rows, permutations))
-        ordered = np.broadcast_to(np.arange(n, dtype=np.int32), (part.stop - start, n))
-        gains[part], scores[part] = _matched(change, rng.permuted(ordered, axis=1), spread)
-    return gains, scores
+    return mean, mean / np.sqrt(np.maximum(variance, (1e-6 * change.spread) ** 2) / n)
 
 
 def _similarities(source: Float[Tensor, "n d"], target: Float[Tensor, "n d"]) -> Float[np.ndarray, "n n"]:
@@ -352,7 +371,7 @@ def _interval(gains: Float[np.ndarray, " n"], seed: int) -> tuple[float, float]:
     if gains.std() <= 1e-12 * abs(mean):
         return mean, mean
     rng = np.random.default_rng(seed)
-    rows = max(1, 2_000_000 // len(gains))
+    rows = max(1, CACHED // len(gains))
     found = stats.bootstrap((gains,), np.mean, n_resamples=RESAMPLES, batch=rows, rng=rng).confidence_interval
     return float(found.low), float(found.high)
 

@@ -110,6 +110,21 @@ def test_specificity_refuses_and_repeats():
         specificity_test(before, after)
 
 
+def test_changes_tested_together_share_matchings_and_nothing_else():
+    before, after = matrices(30, 0.03)
+    measured = [(before, before), (before, after), (after, before + np.eye(30))]
+    together = evidence._specificity_tests([evidence._change(*pair) for pair in measured], 300, 3)
+    for pair, found in zip(measured, together, strict=True):
+        by_itself = specificity_test(*pair, permutations=300, seed=3)
+        assert (found.gain, found.pvalue, found.pvalue_less) == (
+            by_itself.gain,
+            by_itself.pvalue,
+            by_itself.pvalue_less,
+        )
+        np.testing.assert_array_equal(found.null, by_itself.null)
+    assert not np.array_equal(together[0].null, together[1].null)
+
+
 # The paired tests
 
 
