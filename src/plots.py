@@ -25,6 +25,7 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": QUIET, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
     "axes.titlelocation": "left", "xtick.color": INK, "ytick.color": INK, "lines.linewidth": 2,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#E6E6E6", "axes.axisbelow": True,
+    "axes.titley": 1.0,  # where it stands anyway: to find that out, matplotlib lays out all ticks once more
 }  # fmt: skip
 WIDTH, HEIGHT, DPI = 8, 4.8, 150  # inches and dots per inch: 1,200 pixels wide
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # no exponent set apart in a corner
@@ -81,7 +82,8 @@ def write_figures(folder: Path, draw: Mapping[str, Callable[[], Figure | None]])
         for name, make in draw.items():
             if figure := make():
                 with written_atomically(folder / name) as temporary:
-                    figure.savefig(temporary, format="png", dpi=DPI)
+                    # the quickest compression: a third less time than the usual, for a tenth more bytes
+                    figure.savefig(temporary, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
                 written.append(folder / name)
     return written
 
@@ -274,7 +276,8 @@ def specificity(null: Mapping[str, np.ndarray], observed: Mapping[str, float], t
         panel.set_title(SPLITS[split])
         reach = max(np.abs(gains).max(), abs(true), 1e-6)
         width = max(np.ptp(gains), reach / 50)
-        panel.hist(gains, bins=40, range=(gains.mean() - width / 2, gains.mean() + width / 2), color="#BBBBBB")
+        reached = (gains.mean() - width / 2, gains.mean() + width / 2)
+        panel.hist(gains, bins=40, range=reached, color="#BBBBBB", histtype="stepfilled")  # one shape, not 40
         panel.axvline(true, color=AFTER, linewidth=2.5)
         panel.set_xlim(min(gains.min(), true) - 0.15 * reach, max(gains.max(), true) + 0.15 * reach)
         top = panel.get_ylim()[1]
