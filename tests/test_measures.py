@@ -245,7 +245,8 @@ def test_refusals():
         measure(source[:0], target[:0], alone(0))
     with pytest.raises(ValueError, match="unknown measure 'cosine'"):
         measure(source, target, alone(4), names=["cosine"])
-    target[2, 3] = torch.nan
-    for call in (measure, retrieval_ranks, csls_ranks):
-        with pytest.raises(ValueError, match="finite"):
-            call(source, target, alone(4))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        target[2, 3] = bad
+        for call in (measure, retrieval_ranks, csls_ranks):
+            with pytest.raises(ValueError, match="finite"):
+                call(source, target, alone(4))
