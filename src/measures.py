@@ -126,7 +126,7 @@ def _rotated(
     source, target, vectors = source.float(), target.float(), vectors.float()
     if len(source) >= source.shape[1]:
         left, _, right = torch.linalg.svd(source.T @ target)
-        return vectors @ (left @ right)
+        return torch.linalg.multi_dot([vectors, left, right])  # few vectors: each first, not d³ for the whole map
     basis, seen = torch.linalg.qr(source.T)
     other_basis, other_seen = torch.linalg.qr(target.T)
     left, _, right = torch.linalg.svd(seen @ other_seen.T)
