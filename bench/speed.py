@@ -131,7 +131,7 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
         with adapter(it.loaded.model, config.lora, adapted, seed=0) as model:
             began = time.perf_counter()
             tokenize(words, it.loaded.tokenizer)  # counted, as the peers do it in their loops
-            losses["ours"], _ = study.train_adapter(it, model, read, silent)
+            losses["ours"], _ = study.train_adapter(it, model, read, None, silent)
             spent["TLI Lab"].append(time.perf_counter() - began)
 
     def script() -> None:
@@ -330,7 +330,7 @@ def nf4(repeats: int) -> None:
 
 def _epoch(it: study.Study, read: tuple[Any, ...]) -> None:
     with adapter(it.loaded.model, it.config.lora, [1, 2], seed=0) as model:
-        study.train_adapter(it, model, read, silent)
+        study.train_adapter(it, model, read, None, silent)
 
 
 def _epoch_of_packed(it: study.Study, read: tuple[Any, ...]) -> None:

@@ -6,7 +6,7 @@ Layers are numbered by hidden state: 0 is the input embeddings, k (1…N) the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -83,9 +83,13 @@ class Prompt:
     stop: int
 
 
-def distinct_prompts(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[int]]:
-    """(distinct prompts, where each of the prompts stands among them)."""
-    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+def distinct_prompts(prompts: Sequence[Prompt], *, as_batched: bool = False) -> tuple[list[Prompt], list[int]]:
+    """(distinct prompts, where each of the prompts stands among them).
+
+    `as_batched` has those that begin alike stand together: batch after batch then fills a file from its beginning on.
+    """
+    alike = sorted(set(prompts), key=lambda prompt: (prompt.ids, prompt.start, prompt.stop)) if as_batched else prompts
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(alike))}
     return list(row_of), [row_of[prompt] for prompt in prompts]
 
 
@@ -134,10 +138,23 @@ def _overlap(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple
 
 
 @dataclass(frozen=True)
+class Below:
+    """Hidden states of tokens at one layer, from which a forward can go on without the blocks up to there.
+
+    `rows` finds a token's row among them by that of the token before it (-1 for none) and its own id.
+    """
+
+    layer: int
+    rows: Mapping[tuple[int, int], int]
+    states: Float[Tensor, "tokens d"]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Token ids, the matrix that pools each row's prompts out of the row's tokens, and where each prompt then stands.
 
     `position_ids` and `sees`, which token attends to which, belong to a packed batch; a stacked one needs neither.
+    So do `below` and `tokens`, each token's row of it (-1 where a row is padded), where a forward can go on from there.
     """
 
     input_ids: Int[Tensor, "rows length"]
@@ -145,6 +162,8 @@ class Batch:
     places: Int[Tensor, " prompts"]  # among the rows × most that pooling gives
     position_ids: Int[Tensor, "rows length"] | None = None
     sees: Bool[Tensor, "rows 1 length length"] | None = None
+    tokens: Int[Tensor, "rows length"] | None = None
+    below: Below | None = None
 
 
 def stacked(prompts: Sequence[Prompt]) -> Batch:
@@ -156,14 +175,15 @@ def stacked(prompts: Sequence[Prompt]) -> Batch:
     return Batch(input_ids, pool, torch.arange(len(prompts)))
 
 
-def packed(prompts: Sequence[Prompt]) -> Batch:
+def packed(prompts: Sequence[Prompt], below: Below | None = None) -> Batch:
     """A batch whose rows are trees of the prompts' tokens, where what several begin with stands once.
 
     A token sees its own beginning alone, so its hidden state is the one that its prompt by itself would give it; a
     BOS, a template and the first syllables that words share are run once. `packs` checks that the model keeps to it.
+    `below` knows all of the prompts' tokens.
     """
     members = _rows(prompts)
-    trees = [_Tree([prompts[place] for place in row]) for row in members]
+    trees = [Tree([prompts[place] for place in row]) for row in members]
     length, most = max(len(tree.tokens) for tree in trees), max(len(row) for row in members)
     # Filled as NumPy's, whose single elements are ten times as fast to set as a tensor's: this is done at each step.
     input_ids = np.zeros((len(trees), length), np.int64)
@@ -171,6 +191,7 @@ def packed(prompts: Sequence[Prompt]) -> Batch:
     sees = np.tile(np.eye(length, dtype=bool), (len(trees), 1, 1, 1))  # what pads a row sees itself
     pool = np.zeros((len(trees), most, length), np.float32)
     places = np.empty(len(prompts), np.int64)
+    tokens = np.full_like(input_ids, -1)
     for row, tree in enumerate(trees):
         n = len(tree.tokens)
         input_ids[row, :n] = tree.tokens
@@ -178,11 +199,13 @@ def packed(prompts: Sequence[Prompt]) -> Batch:
         for node, parent in enumerate(tree.parents):
             if parent >= 0:
                 sees[row, 0, node] |= sees[row, 0, parent]
+        if below:
+            tokens[row, :n] = tree.rows_of(below)
         for at, (place, path) in enumerate(zip(members[row], tree.paths, strict=True)):
             prompt = prompts[place]
             pool[row, at, path[prompt.start : prompt.stop]] = 1 / (prompt.stop - prompt.start)
             places[place] = row * most + at
-    return Batch(*map(torch.from_numpy, (input_ids, pool, places, position_ids, sees)))
+    return Batch(*map(torch.from_numpy, (input_ids, pool, places, position_ids, sees, tokens)), below=below)
 
 
 _ROW = 128  # tokens: matrix products don't care how a batch is cut into rows, attention's cost grows with their length
@@ -198,20 +221,20 @@ def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
     most = min(-(-size // _ROW), 1 + int((_WASTE - 1) * size / max(1, common)))
     for rows in range(most, 1, -1):
         for capacity in range(-(-size // rows), int(_WASTE * size / rows) + 1):
-            if len(members := _similar_batches(ordered, capacity)) <= rows:
+            if len(members := similar_batches(ordered, capacity)) <= rows:
                 return [[order[place] for place in row] for row in members]
     return [list(range(len(prompts)))]
 
 
-class _Tree:
+class Tree:
     """The tokens of prompts as nodes, a parent before its children, and each prompt's path of nodes."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.tokens: list[int] = []
         self.depths: list[int] = []
         self.parents: list[int] = []
-        self.paths = []
-        nodes: dict[tuple[int, int], int] = {}  # by parent and token
+        self.paths: list[list[int]] = []
+        self.nodes = nodes = dict[tuple[int, int], int]()  # by parent and token
         for prompt in prompts:
             path = [-1]
             for depth, token in enumerate(prompt.ids):
@@ -223,6 +246,13 @@ class _Tree:
                     self.parents.append(path[-1])
                 path.append(nodes[key])
             self.paths.append(path[1:])
+
+    def rows_of(self, below: Below) -> list[int]:
+        """Each node's row among the known hidden states."""
+        rows: list[int] = []
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            rows.append(below.rows[rows[parent] if parent >= 0 else -1, token])
+        return rows
 
 
 def tree_size(prompts: Sequence[Prompt]) -> int:
@@ -236,25 +266,71 @@ def pooled_states(
 ) -> Iterator[tuple[Layer, Float[Tensor, "prompts d"]]]:
     """Unit vectors of a batch's prompts at each of the layers, in order of depth; blocks above the last don't run.
 
-    Pooling happens inside the forward, so that a layer's hidden states are gone before the next layer's exist.
+    Nor do those up to the batch's `below`, where all of the layers are above it. Pooling happens inside the forward, so
+    that a layer's hidden states are gone before the next layer's exist.
     """
     read: dict[Layer, Tensor] = {}
     device = _input_device(model)
     matrix, places = batch.pool.to(device), batch.places.to(device)
-    with _read_states(model, layers, lambda layer, hidden: read.__setitem__(layer, _pool(hidden, matrix, places))):
-        kwargs = {}
-        if batch.position_ids is not None and batch.sees is not None:
-            kwargs = {"position_ids": batch.position_ids.to(device), "attention_mask": batch.sees.to(device)}
-        with suppress(_Stop):
-            output = _decoder(model)(input_ids=batch.input_ids.to(device), use_cache=False, **kwargs)
-            if "final" in layers:
-                read["final"] = _pool(output[0], matrix, places)
+    known = batch if batch.below and all(layer == "final" or layer > batch.below.layer for layer in layers) else None
+    with (
+        read_states(model, layers, lambda layer, hidden: read.__setitem__(layer, _pool(hidden, matrix, places))),
+        _resumed(model, known),
+    ):
+        output = forward(model, batch)
+        if "final" in layers:
+            read["final"] = _pool(output, matrix, places)
     yield from read.items()
 
 
+def forward(model: nn.Module, batch: Batch) -> Float[Tensor, "rows length d"]:
+    """The last hidden states, after the final norm."""
+    device = _input_device(model)
+    kwargs = {}
+    if batch.position_ids is not None and batch.sees is not None:
+        kwargs = {"position_ids": batch.position_ids.to(device), "attention_mask": batch.sees.to(device)}
+    return _decoder(model)(input_ids=batch.input_ids.to(device), use_cache=False, **kwargs)[0]
+
+
 @contextmanager
-def _read_states(model: nn.Module, layers: Sequence[Layer], read: Callable[[Layer, Tensor], None]) -> Iterator[None]:
-    """Hooks that hand each wanted layer's hidden states to `read`, and stop the forward at the deepest one.
+def _resumed(model: nn.Module, batch: Batch | None) -> Iterator[None]:
+    """Has the forward of a batch go on from the hidden states that it knows: the blocks up to there do nothing.
+
+    The decoder's own code still makes positions and masks, as each architecture wants them.
+    """
+    if batch is None or batch.below is None or batch.tokens is None:
+        yield
+        return
+    states = batch.below.states[batch.tokens.to(batch.below.states.device)]
+    stack = blocks(model)
+
+    def give(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        here = states.to(_input_device(model))
+        return ((here, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": here})
+
+    handle = stack[batch.below.layer].register_forward_pre_hook(give, with_kwargs=True)
+    skipped = [block for block, _ in zip(stack, range(batch.below.layer), strict=False)]
+    own = [block.__dict__.get("forward") for block in skipped]
+    try:
+        for block in skipped:
+            block.forward = _nothing
+        yield
+    finally:
+        handle.remove()
+        for block, forward in zip(skipped, own, strict=True):
+            del block.forward
+            if forward:
+                block.forward = forward
+
+
+def _nothing(hidden_states: Any, *_args: Any, **_kwargs: Any) -> tuple[Any]:
+    """In a block's place; whether the decoder expects a tuple or not: nobody reads what is in it."""
+    return (hidden_states,)
+
+
+@contextmanager
+def read_states(model: nn.Module, layers: Sequence[Layer], read: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """Hooks that hand each wanted layer's hidden states to `read`, and end the block's forward at the deepest one.
 
     A hook on the blocks works for every decoder and leaves the model as it was, unlike cutting its list of blocks.
     """
@@ -279,7 +355,8 @@ def _read_states(model: nn.Module, layers: Sequence[Layer], read: Callable[[Laye
     if 0 in numbers:
         handles.append(stack[0].register_forward_pre_hook(before_first, with_kwargs=True))
     try:
-        yield
+        with suppress(_Stop):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -307,9 +384,7 @@ _packing: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _keeps_apart(model: nn.Module) -> bool:
-    top = min(1000, text_config(model).vocab_size)
-    words = ((1, 2, 3, 4), (1, 2, 5, 6), (1, 7, 8, 9), (10, 2, 3, 4))
-    prompts = [Prompt(tuple(31 * token % top for token in word), 0, 4) for word in words]
+    prompts = trial_prompts(model)
     with evaluating(model):
         try:
             apart = dict(pooled_states(model, stacked(prompts), ["final"]))["final"]
@@ -322,6 +397,13 @@ def _keeps_apart(model: nn.Module) -> bool:
     return bool(((apart * together).sum(dim=-1) > 1 - (1e-5 if exact else 5e-3)).all())
 
 
+def trial_prompts(model: nn.Module) -> list[Prompt]:
+    """Some prompts to see what a model does with: with a common beginning, and without."""
+    top = min(1000, text_config(model).vocab_size)
+    words = ((1, 2, 3, 4), (1, 2, 5, 6), (1, 7, 8, 9), (10, 2, 3, 4))
+    return [Prompt(tuple(31 * token % top for token in word), 0, 4) for word in words]
+
+
 # --- encoding -----------------------------------------------------------------------------------------------
 
 
@@ -330,6 +412,7 @@ def encode(
     prompts: Sequence[Prompt],
     *,
     layers: Sequence[Layer] | None = None,
+    below: Below | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "layers prompts d"]:
     """Unit vectors of prompts at the given layers (all by default), float32 on the CPU, in the prompts' order.
@@ -340,13 +423,17 @@ def encode(
     layers = all_layers(depth(model)) if layers is None else layers
     distinct, row_of = distinct_prompts(prompts)
     found = torch.empty(len(layers), len(distinct), width(model))
-    for rows, vectors in encoded_batches(model, distinct, layers, progress):
+    for rows, vectors in encoded_batches(model, distinct, layers, below, progress):
         found[:, rows] = vectors
     return found[:, row_of] if len(distinct) < len(prompts) else found
 
 
 def encoded_batches(
-    model: nn.Module, prompts: Sequence[Prompt], layers: Sequence[Layer], progress: Progress | None = None
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    layers: Sequence[Layer],
+    below: Below | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[list[int], Float[Tensor, "layers rows d"]]]:
     """Yields (places among the prompts, their unit vectors) of one batch after the other.
 
@@ -355,8 +442,8 @@ def encoded_batches(
     without a direction, OutOfMemoryError.
     """
     together = packs(model, prompts)
-    batches = (_similar_batches if together else _equal_length_batches)(prompts, TOKEN_BUDGET)
-    form = packed if together else stacked
+    batches = (similar_batches if together else _equal_length_batches)(prompts, TOKEN_BUDGET)
+    form = partial(packed, below=below) if together else stacked
     place = {layer: index for index, layer in enumerate(layers)}
 
     def read(some: Sequence[Prompt], size: int) -> Float[Tensor, "layers rows d"]:
@@ -383,7 +470,7 @@ def _no_direction(model: nn.Module, layers: Sequence[Layer], vectors: Float[Tens
     return f"hidden states at layer {layer} are not finite, too large or all zero: {likely_cause(model)}"
 
 
-def _similar_batches(prompts: Sequence[Prompt], budget: int) -> list[list[int]]:
+def similar_batches(prompts: Sequence[Prompt], budget: int) -> list[list[int]]:
     """Places of prompts, those that begin alike together, whose trees have at most `budget` tokens."""
     batches: list[list[int]] = []
     size, before = budget, ()

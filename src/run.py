@@ -56,29 +56,33 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
         found |= {"mlflow_run_id": tracked.id, "opening": tracked.opening}
         with clock.timing("encode"):
             before = study.encode_before(it, console.progress)
-        layers = study.measure_before(it, before, console.progress)
+        with clock.timing("measure"):
+            layers = study.measure_before(it, before, console.progress)
         found |= study.probe_before(it, console.progress)
         after, losses = None, []
         if config.train.epochs:
             blocks, read, why = study.choose_layers(it, before)
             found |= study.describe_layers(it, blocks, read, why)
+            with clock.timing("encode"):
+                below = study.run_below_adapter(it, blocks)
             with adapter(loaded.model, config.lora, blocks, seed=config.train.seed) as model:
 
                 def after_epoch(epoch: int) -> None:
                     if judge:
                         with clock.timing("judge", within="train"):
-                            said = judge(epoch, study.control_margin(it, model))
+                            said = judge(epoch, study.control_margin(it, model, below))
                         if said:
                             results.record_pruned(folder, found | said)
                             raise Pruned(said["pruned"])
 
                 with clock.timing("train"):
-                    losses, batch = study.train_adapter(it, model, read, console.progress, after_epoch)
+                    losses, batch = study.train_adapter(it, model, read, below, console.progress, after_epoch)
                 found |= batch
                 save_adapter(model, folder / "adapter")
-                after = study.encode_after(it, model, console.progress)
+                after = study.encode_after(it, model, before, below, console.progress)
                 found |= study.probe(it, model, "after", console.progress)
-            layers += study.measure_layers(it, after, "after", study.SPLITS, console.progress)
+            with clock.timing("measure"):
+                layers += study.measure_layers(it, after, "after", study.SPLITS, console.progress)
         conclusion, specificity = study.conclude(it, before, after, found)
         found |= conclusion | clock.seconds() | {"oom_retry": "; ".join(memory.retries) or None}
         results.write_job(folder, found, layers, study.pair_rows(it, before, after), losses, specificity)

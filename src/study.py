@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from src.baseline import baseline_encoding, baseline_values, encoding_key
+from src.below import run_below
 from src.config import Config, DatasetConfig, config_hash, inputs_digest, params, resolve_layers, run_name
 from src.errors import NumbersError, UserError
 from src.evidence import SpecificityResult, gather_evidence, judge
 from src.finite import check_weights, likely_cause
-from src.layers import Layer, Progress, Prompt, all_layers, encode, tokenize
+from src.layers import Below, Layer, Progress, Prompt, all_layers, encode, tokenize
 from src.machine import git_changes, git_commit, machine, versions
 from src.measures import measure, pair_cosines, retrieval_ranks
 from src.memory import halved
@@ -146,9 +147,10 @@ def encode_before(study: Study, progress: Progress) -> Encoding:
     return Encoding(baseline_encoding(study.loaded, study.source + study.target, progress), study)
 
 
-def encode_after(study: Study, model: nn.Module, progress: Progress) -> Encoding:
-    """The adapted model's vectors."""
-    return Encoding(encode_words(model, study.source + study.target, progress=progress), study)
+def encode_after(study: Study, model: nn.Module, before: Encoding, below: Below | None, progress: Progress) -> Encoding:
+    """The adapted model's vectors; those of the layers up to `below`'s are what they were before."""
+    known = (below, before.vectors) if below else None
+    return Encoding(encode_words(model, study.source + study.target, known=known, progress=progress), study)
 
 
 def measure_before(study: Study, before: Encoding, progress: Progress) -> list[LayerRow]:
@@ -263,10 +265,16 @@ def describe_layers(study: Study, blocks: list[int], read: tuple[Layer, ...], wh
     return used | {"params": _params(study) | {"lora.n_layers": str(len(blocks))}}
 
 
+def run_below_adapter(study: Study, blocks: Sequence[int]) -> Below | None:
+    """The hidden states of all pairs that the first adapted block is given: training doesn't change them."""
+    return run_below(study.loaded.model, study.source + study.target, min(blocks) - 1)
+
+
 def train_adapter(
     study: Study,
     model: nn.Module,
     read: tuple[Layer, ...],
+    below: Below | None,
     progress: Progress,
     after_epoch: Callable[[int], None] | None = None,
 ) -> tuple[list[float], dict[str, Any]]:
@@ -292,17 +300,17 @@ def train_adapter(
             weight.data.copy_(first)
         how = replace(Schedule(**asdict(schedule)), batch_size=batch_size)
         with unpacked(model, read):
-            return train(model, *words, asked, how, progress=progress, after_epoch=after_epoch)
+            return train(model, *words, asked, how, below=below, progress=progress, after_epoch=after_epoch)
 
     losses, used = halved("training", "train.batch_size", schedule.batch_size, attempt, least=2)
     return losses, {"train_batch_size_used": used}
 
 
-def control_margin(study: Study, model: nn.Module) -> float:
+def control_margin(study: Study, model: nn.Module, below: Below | None) -> float:
     """The adapted model's margin of the control split at the evaluation layer, and nothing else: quick."""
     rows = study.rows("control")
     prompts = study.source[rows] + study.target[rows]
-    source, target = encode(model, prompts, layers=[study.config.eval.layer])[0].chunk(2)
+    source, target = encode(model, prompts, layers=[study.config.eval.layer], below=below)[0].chunk(2)
     return measure(source, target, study.relevant("control"), names=("margin",))["margin"]
 
 

@@ -15,7 +15,18 @@ from torch.nn.utils import get_total_norm
 
 from src.errors import NumbersError, UserError
 from src.finite import likely_cause
-from src.layers import Layer, Progress, Prompt, distinct_prompts, encode, packed, packs, pooled_states, stacked
+from src.layers import (
+    Below,
+    Layer,
+    Progress,
+    Prompt,
+    distinct_prompts,
+    encode,
+    packed,
+    packs,
+    pooled_states,
+    stacked,
+)
 from src.objectives import infonce_loss, nearest_wrong, triplet_loss
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
@@ -54,13 +65,15 @@ def train(
     objective: Objective,
     schedule: Schedule,
     *,
+    below: Below | None = None,
     progress: Progress | None = None,
     after_epoch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Trains the model's trainable weights in place; returns the loss of every optimizer step.
 
     `source[i]` and `target[i]` are pair i; `relevant` row i lists the pairs whose target is a right translation of
-    source i, padded with -1, and none of them ever serves as its negative. `after_epoch` is called with the number of
+    source i, padded with -1, and none of them ever serves as its negative. From `below` every step goes on, where its
+    layer is below the adapter and the losses. `after_epoch` is called with the number of
     each epoch that ends, from 1; it may encode (`layers.encode` leaves modes and random numbers alone) or raise.
 
     Raises NumbersError when a loss, a gradient or the adapter after a step isn't finite, naming the step; UserError
@@ -88,7 +101,8 @@ def train(
         pairs = order[epoch_start : epoch_start + size]
         negatives = _negatives(pairs, right, fixed, rng, objective)
         with torch.autocast(_device_type(model), torch.bfloat16, enabled=schedule.precision == "bfloat16"):
-            loss = batch_loss(model, source, target, pairs, negatives, right.among(pairs), objective, joint=joint)
+            among = right.among(pairs)
+            loss = batch_loss(model, source, target, pairs, negatives, among, objective, joint=joint, below=below)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -110,18 +124,20 @@ def batch_loss(
     objective: Objective,
     *,
     joint: bool = True,
+    below: Below | None = None,
 ) -> Float[Tensor, ""]:
     """The objective on one batch of pairs, summed over its layers.
 
     `negatives[i]` is the pair whose target is anchor i's negative; None takes the hardest in the batch. `joint`
-    packs all words into one row; without it there is a forward for each token count (see `layers.packs`).
+    packs all words into one row, and goes on from what it knows of them `below`; without it there is a forward for each
+    token count (see `layers.packs`).
     """
     prompts = [source[i] for i in pairs] + [target[i] for i in pairs]
     if negatives is not None:
         prompts += [target[i] for i in negatives]
     distinct, row_of = distinct_prompts(prompts)
     total = torch.zeros(())
-    for states in _states(model, distinct, objective.layers, joint=joint).values():
+    for states in _states(model, distinct, objective.layers, below, joint=joint).values():
         rows = states[torch.tensor(row_of, device=states.device)]
         anchor, positive = rows[: len(pairs)], rows[len(pairs) : 2 * len(pairs)]
         mask = torch.from_numpy(also_right).to(states.device)
@@ -143,10 +159,10 @@ def batch_loss(
 
 
 def _states(
-    model: nn.Module, prompts: Sequence[Prompt], layers: Sequence[Layer], *, joint: bool
+    model: nn.Module, prompts: Sequence[Prompt], layers: Sequence[Layer], below: Below | None, *, joint: bool
 ) -> dict[Layer, Float[Tensor, "prompts d"]]:
     if joint:
-        return dict(pooled_states(model, packed(prompts), layers))
+        return dict(pooled_states(model, packed(prompts, below), layers))
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt.ids), []).append(i)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src.files import cache_dir, room_for
-from src.layers import Progress, Prompt, all_layers, depth, distinct_prompts, encoded_batches, width
+from src.layers import Below, Progress, Prompt, all_layers, depth, distinct_prompts, encoded_batches, width
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Float, Int
@@ -45,26 +45,35 @@ class Vectors:
 
 
 def encode_words(
-    model: nn.Module, prompts: Sequence[Prompt], *, file: IO[bytes] | None = None, progress: Progress | None = None
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    *,
+    known: tuple[Below, Vectors] | None = None,
+    file: IO[bytes] | None = None,
+    progress: Progress | None = None,
 ) -> Vectors:
     """Vectors of the prompts at all layers, in `file` where one is given.
 
+    `known` are hidden states to go on from and the same prompts' vectors, whose layers up to there are copied.
     Raises OSError (DiskError without `file`) at once where the disk can't hold them.
     """
-    distinct, row_of = distinct_prompts(prompts)
+    distinct, row_of = distinct_prompts(prompts, as_batched=True)
     layers = all_layers(depth(model))
     shape, rows = (len(layers), len(distinct), width(model)), np.array(row_of)
     made = _room(shape, rows) if file is None else _room_in(file, shape, rows)
-    batches = encoded_batches(model, distinct, layers, progress)
-    for places, vectors in batches:
-        made.array[:, places] = vectors.numpy()
+    below, first = None, 0
+    if known:
+        below, first = known[0], known[0].layer + 1
+        made.array[:first] = known[1].array[:first]
+    for places, vectors in encoded_batches(model, distinct, layers[first:], below, progress):
+        made.array[first:, places] = vectors.numpy()
         made.let_go()
     return made
 
 
 def stored(file: IO[bytes], model: nn.Module, prompts: Sequence[Prompt]) -> Vectors:
     """The vectors of these prompts that `encode_words` has left in a file."""
-    distinct, row_of = distinct_prompts(prompts)
+    distinct, row_of = distinct_prompts(prompts, as_batched=True)
     pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return Vectors(np.frombuffer(pages, np.float32).reshape(-1, len(distinct), width(model)), np.array(row_of), pages)
 

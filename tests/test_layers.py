@@ -129,12 +129,12 @@ def test_a_sliding_window_shorter_than_a_prompt_is_not_packed():
 
 def test_batches_of_trees_keep_to_the_budget():
     some = prompts(200)
-    batches = layers._similar_batches(some, 30)
+    batches = layers.similar_batches(some, 30)
     assert sorted(row for rows in batches for row in rows) == list(range(200))
     sizes = [packed([some[row] for row in rows]).input_ids.numel() for rows in batches]
     assert max(sizes) <= 30
     assert sum(sizes) < sum(len(prompt.ids) for prompt in set(some))
-    assert layers._similar_batches([Prompt((1, 2, 3), 0, 3), Prompt((4, 5), 0, 2)], 2) == [[0], [1]]
+    assert layers.similar_batches([Prompt((1, 2, 3), 0, 3), Prompt((4, 5), 0, 2)], 2) == [[0], [1]]
 
 
 def test_packs_sees_a_model_that_mixes_packed_prompts():
