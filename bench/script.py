@@ -1,4 +1,4 @@
-"""Peer (a) as a whole program: load, encode, train at layer 2, encode again, t-tests. python -m bench.script FOLDER"""
+"""Peer (a) as a whole program: load, encode, train, encode again, t-tests. python -m bench.script FOLDER [BLOCK ...]"""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     words = split(read_pairs(source="builtin"), control_size=63, seed=0)
-    task = Task(layers=(0, 1), read=2, loss="triplet", epochs=3)
+    adapted = [int(block) for block in sys.argv[2:]] or [1, 2]
+    task = Task(tuple(block - 1 for block in adapted), read=max(adapted), loss="triplet", epochs=3)
     model, tokenizer = peers.peft_model(Path(sys.argv[1]), task)
     pairs = [(pair.source, pair.target) for pair in words.train + words.control]
     everything = [word for pair in pairs for word in pair]

@@ -36,7 +36,7 @@ import torch
 from bench import peers
 from bench.peers import Task
 from bench.scale import cache_with_models
-from src import study
+from src import below, study
 from src.config import Config, read_config, register
 from src.layers import blocks, encode, tokenize, tree_size
 from src.models import LoadedModel, _held, adapter, load_model
@@ -49,7 +49,8 @@ Measured = dict[str, list[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default 5)")
-    parts = {"train": training, "encode": encoding, "rate": arithmetic, "sweep": sweep, "start": start, "nf4": nf4}
+    parts = {"train": training, "encode": encoding, "rate": arithmetic, "sweep": sweep, "depth": depth}
+    parts |= {"start": start, "nf4": nf4}
     parser.add_argument("--only", choices=parts, action="append", help="this part alone; may be repeated")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -101,18 +102,21 @@ def silent(items: Sequence[Any], _: str) -> Sequence[Any]:
 # --- training -----------------------------------------------------------------------------------------------
 
 LAYER_2 = Task(layers=(0, 1), read=2, loss="triplet")
+LAYER_16 = Task(layers=(15,), read=16, loss="triplet")
 OUTPUT = Task(layers=(0, 1, 2, 3), read=-1, loss="infonce", batch_size=64)
 
 
 def training(repeats: int) -> None:
-    """An epoch over the train split: at layer 2 with triplets, and early adapters with InfoNCE at the output."""
+    """An epoch over the train split: triplets at layers 2 and 16, and early adapters with InfoNCE at the output."""
     shared = ("lora.dropout=0", "train.epochs=1")
     layer_2 = setting(*shared, "lora.layers=[1,2]", "objective=triplet")
+    layer_16 = setting(*shared, "lora.layers=[16]", "objective=triplet")
     output = setting(
         *shared, "lora.layers=[1,2,3,4]", "objective=infonce", "objective.layer=final", "train.batch_size=64"
     )
     for title, config, task in (
         ("Loss at layer 2, adapters in blocks 1 and 2, triplet, batch 16", layer_2, LAYER_2),
+        ("Loss at layer 16, adapter in block 16, triplet, batch 16", layer_16, LAYER_16),
         ("Loss at the output, adapters in blocks 1 to 4, InfoNCE, batch 64", output, OUTPUT),
     ):
         _training(title, config, task, repeats)
@@ -127,12 +131,17 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
     read = (task.read,) if task.read > 0 else ("final",)
     words = [word for pair in pairs for word in pair]
 
-    def ours() -> None:
+    def ours(name: str = "TLI Lab") -> None:
         with adapter(it.loaded.model, config.lora, adapted, seed=0) as model:
             began = time.perf_counter()
             tokenize(words, it.loaded.tokenizer)  # counted, as the peers do it in their loops
-            losses["ours"], _ = study.train_adapter(it, model, read, None, silent)
-            spent["TLI Lab"].append(time.perf_counter() - began)
+            known = study.run_below_adapter(it, adapted)
+            losses["ours"], _ = study.train_adapter(it, model, read, known, silent)
+            spent.setdefault(name, []).append(time.perf_counter() - began)
+
+    def ours_alone() -> None:
+        below._kept.clear()
+        ours()
 
     def script() -> None:
         model, tokenizer = peers.peft_model(folder, task)
@@ -151,11 +160,13 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
     tokens = _tokens_of_steps(it.loaded, ours)[-len(losses["ours"]) :]
     step = _products(it.loaded, task, round(mean(tokens)))
     with peers.cut_to(folder, task.read if task.read > 0 else it.loaded.n_layers) as cut:
-        calls: dict[str, Callable[[], Any]] = {"a": script, "b": lambda: sentence(cut), "ours": ours}
+        calls: dict[str, Callable[[], Any]] = {"a": script, "b": lambda: sentence(cut), "ours": ours_alone}
+        if adapted[0] > 1:  # nothing is below block 1
+            calls["again"] = lambda: ours("TLI Lab, a sweep's next rank")
         calls["products"] = lambda: [step() for _ in tokens]
         products = take_turns(calls, repeats)["products"]
     print(f"{title}; {len(pairs)} pairs, {sum(tokens)} tokens in {len(tokens)} steps\n")
-    table({name: values[-repeats:] for name, values in spent.items()} | {"its products alone": products}, "TLI Lab")
+    table({name: values[-repeats:] for name, values in spent.items()} | {"products alone": products}, "TLI Lab")
     apart = max(abs(a - b) for a, b in zip(losses["script"], losses["ours"], strict=True))
     print(f"\nLargest difference between (a)'s losses and ours over {len(losses['ours'])} steps: {apart:.1e}\n")
 
@@ -173,15 +184,15 @@ def _tokens_of_steps(loaded: LoadedModel, call: Callable[[], Any]) -> list[int]:
 def _products(loaded: LoadedModel, task: Task, tokens: int) -> Callable[[], None]:
     """The matrix products of a training step over so many tokens, and nothing else: the floor.
 
-    Forward to the layer of the loss; backward, for activations alone, down to the first adapter.
+    Forward from the first adapter to the layer of the loss; back, for activations alone, down to the first adapter.
     """
     stack = [
         [(name, weight.detach()) for name, weight in block.named_parameters() if weight.ndim == 2]
-        for block in list(blocks(loaded.model))[: task.read if task.read > 0 else None]
+        for block in list(blocks(loaded.model))[task.layers[0] : task.read if task.read > 0 else None]
     ]
     forward = [weight for block in stack for _, weight in block]
     before = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # the first adapted block's input has no gradient
-    first, *others = stack[task.layers[0] :]
+    first, *others = stack
     back = [weight for block in others for _, weight in block]
     back += [weight for name, weight in first if not name.endswith(before)]
     states = {width: torch.randn(tokens, width) for weight in forward for width in weight.shape}
@@ -250,35 +261,47 @@ def _matrices(loaded: LoadedModel) -> list[torch.Tensor]:
 # --- a sweep ------------------------------------------------------------------------------------------------
 
 SWEPT = ("lora.layers=[1],[2],[1,2],[1,2,3]", "lora.rank=4,8,16")
+ACROSS = ("lora.layers=[4],[10],[16],[22]", "lora.rank=4,8,16")
+PROCESSES = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
 def sweep(repeats: int) -> None:
-    """Twelve jobs, layers × rank, through the real command, against twelve runs of (a) with its own evaluation.
+    """Twelve jobs of early layers × rank, in this process and in two, against twelve runs of (a)."""
+    _swept(repeats, SWEPT, [1, 2], {"TLI Lab, 12 jobs": (), "TLI Lab, in two processes": PROCESSES})
 
-    Both begin with a converted model and nothing else in the cache.
+
+def depth(repeats: int) -> None:
+    """The same across the model's depth: where do the languages meet?"""
+    _swept(repeats, ACROSS, [16], {"TLI Lab, 12 jobs": ()})
+
+
+def _swept(repeats: int, swept: Sequence[str], blocks: Sequence[int], ours: dict[str, tuple[str, ...]]) -> None:
+    """A sweep through the real command, with (a)'s own evaluation of an adapter in the given blocks beside it.
+
+    All begin with a converted model and nothing else in the cache.
     """
-    model = packaged_folder(str(setting().model.id))
-    seconds: Measured = {"(a) one run": [], "TLI Lab, 12 jobs": []}
+    script = [sys.executable, "-m", "bench.script", str(packaged_folder(str(setting().model.id))), *map(str, blocks)]
+    seconds: Measured = {"(a) twelve runs (one timed, × 12)": []} | {name: [] for name in ours}
     parts: Measured = {"a further job": [], "its training and one encoding": [], "MLflow": []}
     for _ in range(repeats):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "bench.script", str(model)], check=True, cwd=ROOT)
-        seconds["(a) one run"].append(time.perf_counter() - began)
-        with tempfile.TemporaryDirectory() as place:
-            began = time.perf_counter()
-            _sweep(Path(place))
-            seconds["TLI Lab, 12 jobs"].append(time.perf_counter() - began)
-            for name, value in _marginal(Path(place)).items():
-                parts[name].append(value)
-    twelve = [12 * value for value in seconds["(a) one run"]]
-    ours = seconds["TLI Lab, 12 jobs"]
-    table({"(a) twelve runs (one timed, × 12)": twelve, "TLI Lab, 12 jobs": ours}, "TLI Lab, 12 jobs")
-    print("\nWithin the sweep, medians of its jobs but the first:\n")
+        subprocess.run(script, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        seconds["(a) twelve runs (one timed, × 12)"].append(12 * (time.perf_counter() - began))
+        for name, launcher in ours.items():
+            with tempfile.TemporaryDirectory() as place:
+                began = time.perf_counter()
+                _sweep(Path(place), [*swept, *launcher])
+                seconds[name].append(time.perf_counter() - began)
+                if not launcher:
+                    for part, value in _marginal(Path(place)).items():
+                        parts[part].append(value)
+    table(seconds, "TLI Lab, 12 jobs")
+    print("\nWithin the sweep of one process, medians of its jobs but the first:\n")
     table(parts, "its training and one encoding")
 
 
-def _sweep(folder: Path) -> None:
-    command = [sys.executable, "-m", "src.run", "-m", "eval.probes=false", *SWEPT]
+def _sweep(folder: Path, arguments: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "src.run", "-m", "eval.probes=false", *arguments]
     command += [f"tracking.uri=sqlite:///{folder}/mlruns/mlflow.db", f"hydra.sweep.dir={folder}/multirun/sweep"]
     environment = os.environ | {"TLI_CACHE": str(cache_with_models(folder))}
     subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)

@@ -32,7 +32,7 @@ from src.files import (
     made_once,
     room_for,
 )
-from src.layers import Layer, blocks, depth, peft_indices
+from src.layers import Below, Layer, blocks, depth, peft_indices
 from src.memory import ran_out
 from src.packaged import packaged_folder
 
@@ -260,8 +260,8 @@ def _keep_4bit_weights(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def unpacked(model: nn.Module, read: Sequence[Layer]) -> Iterator[None]:
-    """Keeps the 4-bit weights of the blocks that a loss at `read` runs as bfloat16 meanwhile, on a CPU.
+def unpacked(model: nn.Module, read: Sequence[Layer], below: Below | None = None) -> Iterator[None]:
+    """Keeps the 4-bit weights of blocks that a loss at `read` runs, from `below` on, as bfloat16 meanwhile, on a CPU.
 
     bitsandbytes unpacks them at every forward and again at every backward; the numbers are the same to the bit. Where
     they would take more than UNPACKED_BYTES, or on a GPU, nothing happens.
@@ -273,7 +273,7 @@ def unpacked(model: nn.Module, read: Sequence[Layer]) -> Iterator[None]:
     stack = blocks(model)
     packed: list[Any] = [  # none where the model isn't quantised
         module
-        for index in peft_indices(range(1, deepest + 1))
+        for index in peft_indices(range(1 + (below.layer if below else 0), deepest + 1))
         for module in stack[index].modules()
         if isinstance(module, Linear4bit) and module.weight.device.type == "cpu"
     ]

@@ -299,7 +299,7 @@ def train_adapter(
         for weight, first in zip(weights, beginning, strict=True):
             weight.data.copy_(first)
         how = replace(Schedule(**asdict(schedule)), batch_size=batch_size)
-        with unpacked(model, read):
+        with unpacked(model, read, below):
             return train(model, *words, asked, how, below=below, progress=progress, after_epoch=after_epoch)
 
     losses, used = halved("training", "train.batch_size", schedule.batch_size, attempt, least=2)

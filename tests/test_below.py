@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import GPT2LMHeadModel
 
 from src import below, layers
 from src.below import run_below
@@ -21,8 +22,19 @@ SHORT = [prompt for prompt in prompts() if len(prompt.ids) <= 4]  # Gemma's wind
 
 def sure_gpt2() -> GPT2LMHeadModel:
     """Without GPT-2's own dropout."""
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=5, n_head=4, initializer_range=0.2, **none))
+    model = gpt2()
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"):
+        setattr(model.config, key, 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def attention(model: nn.Module, number: int) -> nn.Module:
+    found = blocks(model)[number - 1].self_attn
+    assert isinstance(found, nn.Module)
+    return found
 
 
 def counted(model: Any) -> list[int]:
@@ -91,7 +103,7 @@ def test_training_gives_the_same_losses_and_adapter_and_runs_the_blocks_below_on
         before = encode_words(tiny.model, source + target)
         with adapter(tiny.model, replace(LORA, dropout=dropout), [3], seed=1) as model:
             calls = []
-            hook = blocks(model)[1].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            hook = attention(model, 2).register_forward_hook(lambda *_, calls=calls: calls.append(1))
             losses = train(model, source, target, OWN, objective, plan, below=known)
             hook.remove()
             weights = [weight.detach().clone() for weight in model.parameters() if weight.requires_grad]
@@ -128,7 +140,7 @@ def test_nothing_is_kept_where_a_forward_could_not_go_on(monkeypatch):
     assert run_below(gemma(), [Prompt((1, 2, 3, 4, 5), 0, 5)], 2) is None  # longer than its window
     crossed = llama()
     reached: dict[str, Any] = {}
-    blocks(crossed)[0].self_attn.register_forward_hook(lambda _m, _a, output: reached.update(first=output[0]))
+    attention(crossed, 1).register_forward_hook(lambda _m, _a, output: reached.update(first=output[0]))
     blocks(crossed)[4].register_forward_hook(lambda _m, _a, output: output + reached.pop("first", 0))
     assert run_below(crossed, SHORT, 2) is None  # its last block reads what the first has left
     assert run_below(crossed, SHORT, 2) is None

@@ -2,26 +2,29 @@
 
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 
 from bench import gpu, peers
 from bench.scale import made_up
-from bench.speed import LAYER_2, prepared, setting, silent
+from bench.speed import LAYER_2, LAYER_16, prepared, setting, silent
 from src import study
 from src.models import adapter
 from src.packaged import packaged_folder
 
 
-def test_the_plain_script_has_the_same_losses() -> None:
-    config = setting(
-        "lora.dropout=0", "lora.layers=[1,2]", "train.epochs=1", "dataset.limit=100", "dataset.control_size=20"
-    )
+@pytest.mark.parametrize("task", [LAYER_2, replace(LAYER_16, read=-1)])  # at layer 16 all cosines are alike
+def test_the_plain_script_has_the_same_losses(task: peers.Task) -> None:
+    config = setting("lora.dropout=0", "train.epochs=1", "dataset.limit=100", "dataset.control_size=20")
     it = prepared(config)
-    with adapter(it.loaded.model, config.lora, [1, 2], seed=0) as model:
-        ours, _ = study.train_adapter(it, model, (2,), silent)
-    model, tokenizer = peers.peft_model(packaged_folder(str(config.model.id)), LAYER_2)
-    theirs = peers.train_peft(model, tokenizer, [(pair.source, pair.target) for pair in it.words.train], LAYER_2)
+    adapted = [index + 1 for index in task.layers]
+    with adapter(it.loaded.model, config.lora, adapted, seed=0) as model:
+        below = study.run_below_adapter(it, adapted)
+        assert (below is not None) == (adapted[0] > 1)
+        ours, _ = study.train_adapter(it, model, (2,) if task.read == 2 else ("final",), below, silent)
+    model, tokenizer = peers.peft_model(packaged_folder(str(config.model.id)), task)
+    theirs = peers.train_peft(model, tokenizer, [(pair.source, pair.target) for pair in it.words.train], task)
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert len(ours) > 1
     assert ours != pytest.approx(ours[:1] * len(ours), abs=1e-3)
