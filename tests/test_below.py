@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from src import below, layers
+from src import below, layers, study
 from src.below import run_below
 from src.layers import Prompt, blocks, encode, packed, pooled_states
 from src.models import adapter
+from src.results import read_table
 from src.training import Objective, Schedule, train
 from src.vectors import encode_words
 from tests.test_layers import gemma, gpt2, llama, prompts
@@ -85,8 +86,9 @@ def test_known_hidden_states_are_what_the_blocks_are_given():
 def test_a_layer_that_is_not_above_them_runs_all_blocks():
     model = llama()
     known = run_below(model, SHORT, 3)
-    expected = encode(model, SHORT, layers=[2, 3, 5])
-    torch.testing.assert_close(encode(model, SHORT, layers=[2, 3, 5], below=known), expected, atol=1e-6, rtol=0)
+    for some in ([2, 5], [3, 5]):
+        expected = encode(model, SHORT, layers=some)
+        torch.testing.assert_close(encode(model, SHORT, layers=some, below=known), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("objective", [Objective("triplet", (3, "final")), Objective("infonce", ("final",))])
@@ -156,3 +158,21 @@ def test_nothing_is_kept_where_a_forward_could_not_go_on(monkeypatch):
     monkeypatch.setattr(below, "packed", full)
     monkeypatch.setattr(below, "packs", lambda *_: True)
     assert run_below(model, SHORT, 2) is None  # no memory
+
+
+def test_a_run_with_them_finds_what_one_without_finds(cli, tmp_path, monkeypatch):
+    found = {}
+    for way in ("with", "without"):
+        if way == "without":
+            monkeypatch.setattr(study, "run_below", lambda *_: None)
+        folder = tmp_path / way
+        arguments = ["model=tiny", "lora.layers=[3]", "dataset.limit=80", "dataset.control_size=20", "tracking=off"]
+        status, _, said = cli(*arguments, "eval.probes=false", "train.learning_rate=1e-2", f"hydra.run.dir={folder}")
+        assert (status, said) == (0, "")
+        rows = read_table(folder / "layers.csv")
+        found[way] = {tuple(row.values())[:4]: float(row["value"]) for row in rows}
+    assert found["with"] == pytest.approx(found["without"], abs=1e-4)
+    for (layer, stage, *rest), value in found["with"].items():
+        if stage == "after" and rest == ["control", "pair_cosine"]:
+            before = found["with"][layer, "before", *rest]
+            assert (value == before) == (layer in {"0", "1", "2"})
