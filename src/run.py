@@ -82,7 +82,7 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
                 after = study.encode_after(it, model, before, below, console.progress)
                 found |= study.probe(it, model, "after", console.progress)
             with clock.timing("measure"):
-                layers += study.measure_layers(it, after, "after", study.SPLITS, console.progress)
+                layers += study.measure_after(it, layers, after, blocks, console.progress)
         conclusion, specificity = study.conclude(it, before, after, found)
         found |= conclusion | clock.seconds() | {"oom_retry": "; ".join(memory.retries) or None}
         results.write_job(folder, found, layers, study.pair_rows(it, before, after), losses, specificity)

@@ -163,19 +163,32 @@ def measure_before(study: Study, before: Encoding, progress: Progress) -> list[L
     sizes = (len(study.words.train), len(study.words.control), config.train.epochs > 0, config.eval.measures)
 
     def make() -> list[LayerRow]:
-        pilot = measure_layers(study, before, "pilot", ["all"], progress)
-        return pilot + (measure_layers(study, before, "before", SPLITS, progress) if config.train.epochs else [])
+        pilot = _measure_layers(study, before, "pilot", ["all"], progress)
+        return pilot + (_measure_layers(study, before, "before", SPLITS, progress) if config.train.epochs else [])
 
     return [tuple(row) for row in baseline_values("measures", study.loaded, repr(inputs + sizes), make)]
 
 
-def measure_layers(
-    study: Study, encoding: Encoding, stage: Stage, splits: Sequence[SplitName], progress: Progress
+def measure_after(
+    study: Study, before: Sequence[LayerRow], after: Encoding, blocks: Sequence[int], progress: Progress
 ) -> list[LayerRow]:
-    """All measures at every layer, for each of the splits. A rotation is fitted on train and judged on control."""
+    """The adapted model's measures of each split; below the first adapted block they are what they were before."""
+    first = min(blocks)
+    same: list[LayerRow] = [
+        (layer, "after", split, name, value)
+        for layer, stage, split, name, value in before
+        if stage == "before" and layer in range(first)
+    ]
+    return same + _measure_layers(study, after, "after", SPLITS, progress, first)
+
+
+def _measure_layers(
+    study: Study, encoding: Encoding, stage: Stage, splits: Sequence[SplitName], progress: Progress, first: int = 0
+) -> list[LayerRow]:
+    """All measures at the layers from `first` on, for the splits. A rotation is fitted on train, judged on control."""
     rows: list[LayerRow] = []
     listed = {split: study.relevant(split) for split in splits}
-    for index, layer in progress(list(enumerate(study.layers)), f"Measuring {stage}"):
+    for index, layer in progress(list(enumerate(study.layers))[first:], f"Measuring {stage}"):
         for split in splits:
             source, target = encoding.at(index, study.rows(split))
             fitted_on = encoding.at(index, study.rows("train")) if split == "control" else None
