@@ -120,17 +120,19 @@ def _rotated(
     """Unit vectors after the orthogonal map that brings `source` nearest to `target` (Schönemann 1966).
 
     Fewer pairs than dimensions say nothing of what is orthogonal to all of them: that part of a vector is left out,
-    where a whole map would turn it at random, at a cost that grows with d³.
+    where a whole map would turn it at random, at a cost that grows with d³. In float64: beside the one direction that
+    all vectors share at an attention sink, float32 would turn the others as its rounding has it.
     """
     _check(source, target)
-    source, target, vectors = source.float(), target.float(), vectors.float()
+    source, target, vectors = source.double(), target.double(), vectors.double()
     if len(source) >= source.shape[1]:
         left, _, right = torch.linalg.svd(source.T @ target)
-        return torch.linalg.multi_dot([vectors, left, right])  # few vectors: each first, not d³ for the whole map
+        # few vectors: each first, not d³ for the whole map
+        return torch.linalg.multi_dot([vectors, left, right]).float()
     basis, seen = torch.linalg.qr(source.T)
     other_basis, other_seen = torch.linalg.qr(target.T)
     left, _, right = torch.linalg.svd(seen @ other_seen.T)
-    return functional.normalize(vectors @ basis @ (left @ right) @ other_basis.T)
+    return functional.normalize(vectors @ basis @ (left @ right) @ other_basis.T).float()
 
 
 def _retrieval(

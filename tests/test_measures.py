@@ -192,6 +192,17 @@ def test_procrustes_undoes_a_rotation():
     assert few["procrustes_p_at_1"] < 0.5
 
 
+def test_procrustes_at_an_attention_sink_is_the_exact_map():
+    """Where one direction is thousands of times as long as the rest; float32 would turn these at random."""
+    draw = torch.Generator().manual_seed(5)
+    sink = 3000 * torch.eye(24)[:1]
+    source, target = (unit(sink + torch.randn(90, 24, generator=draw)) for _ in range(2))
+    expected = torch.from_numpy(orthogonal_procrustes(source.double().numpy(), target.double().numpy())[0])
+    moved = measures._rotated(source, source, target)
+    torch.testing.assert_close(moved, (source.double() @ expected).float(), atol=1e-6, rtol=0)
+    assert (moved - moved.mean(0)).std() > 1e-4
+
+
 def test_procrustes_with_fewer_pairs_than_dimensions_is_the_whole_map_where_pairs_tell_of_it():
     """SciPy's own map, for vectors that the fitted ones span; what is orthogonal to all of them has no place."""
     draw = torch.Generator().manual_seed(0)
