@@ -49,7 +49,7 @@ Measured = dict[str, list[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default 5)")
-    parts = {"train": training, "encode": encoding, "rate": arithmetic, "sweep": sweep, "depth": depth}
+    parts = {"train": training, "encode": encoding, "rate": arithmetic, "sweep": sweep, "across": across}
     parts |= {"start": start, "nf4": nf4}
     parser.add_argument("--only", choices=parts, action="append", help="this part alone; may be repeated")
     arguments = parser.parse_args()
@@ -140,7 +140,7 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
             spent.setdefault(name, []).append(time.perf_counter() - began)
 
     def ours_alone() -> None:
-        below._kept.clear()
+        below.kept.clear()
         ours()
 
     def script() -> None:
@@ -270,7 +270,7 @@ def sweep(repeats: int) -> None:
     _swept(repeats, SWEPT, [1, 2], {"TLI Lab, 12 jobs": (), "TLI Lab, in two processes": PROCESSES})
 
 
-def depth(repeats: int) -> None:
+def across(repeats: int) -> None:
     """The same across the model's depth: where do the languages meet?"""
     _swept(repeats, ACROSS, [16], {"TLI Lab, 12 jobs": ()})
 

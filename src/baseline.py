@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from src import console, layers, measures, probes
+from src import console, layers, measures, probes, vectors
 from src.errors import DiskError
 from src.files import cache_dir, digest, file_digest, remove_leftovers, room_for, write_text, written_atomically
 from src.layers import Progress, Prompt
@@ -21,8 +21,8 @@ from src.vectors import Vectors, encode_words, stored
 log = logging.getLogger(__name__)
 
 # A change of the code that measures makes a new key, as a change of the model does.
-_MODULES = {"encodings": layers, "measures": measures, "probes": probes}
-_CODE = {name: file_digest(Path(str(module.__file__))) for name, module in _MODULES.items()}
+_MODULES = {"encodings": (layers, vectors), "measures": (measures,), "probes": (probes,)}
+_CODE = {kind: digest(*(file_digest(Path(str(module.__file__))) for module in some)) for kind, some in _MODULES.items()}
 _warned: set[Path] = set()  # caches of which this process has said that they can't be written
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,71 +25,99 @@ from src.layers import (
     pooled_states,
     read_states,
     similar_batches,
-    text_config,
+    tree_size,
     trial_prompts,
     width,
 )
 from src.memory import ran_out
 
 log = logging.getLogger(__name__)
-MOST = 2**30  # bytes that the hidden states may take
-# Of each model the last ones, by their layer and prompts: the next job of a sweep often wants the same.
-_kept: WeakKeyDictionary[nn.Module, tuple[int, list[Prompt], Below]] = WeakKeyDictionary()
+MOST_BYTES = 2**30  # that the hidden states may take
 
 
-def run_below(model: nn.Module, prompts: Sequence[Prompt], layer: int) -> Below | None:
-    """The hidden states of all the prompts' tokens at a layer that nothing below is trained for.
+class _Kept(NamedTuple):
+    prompts: list[Prompt]
+    below: Below
 
-    None where a forward can't go on from them to the same result: the prompts aren't packed (`layers.packs`), the
-    model drops out at random while it trains, or a block reads what another one below the layer has left; and where
-    they would take more than MOST.
+
+kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()  # each model's last: a sweep's next job often wants it
+
+
+def run_below(model: nn.Module, prompts: Sequence[Prompt], block: int) -> Below | None:
+    """The hidden states of all the prompts' tokens that a block is given, below which nothing is to be trained.
+
+    None, which the log explains, where a forward in float32 can't go on from them to the same result, or where they
+    would take more than MOST_BYTES.
     """
-    if layer == 0 or _drops_out(model) or not packs(model, prompts):
-        return None
-    distinct, _ = distinct_prompts(prompts)
-    *key, below = _kept.pop(blocks(model), (None, None, None))
-    if key != [layer, distinct]:
-        try:
-            below = _states(model, distinct, layer) if _goes_on(model, layer) else None
-        except Exception as error:
-            if not ran_out(error):
-                raise
-            log.warning("no memory for the hidden states at layer %d: all blocks run at every step", layer)
-            below = None
-    if below:
-        _kept[blocks(model)] = (layer, distinct, below)
-    return below
+    stack, (distinct, _) = blocks(model), distinct_prompts(prompts)
+    if stack in kept and kept[stack].below.block == block and kept[stack].prompts == distinct:
+        return kept[stack].below
+    kept.pop(stack, None)  # first, so that two of them never fill the memory
+    try:
+        why = _obstacle(model, distinct, block)
+        if not why:
+            with evaluating(model):
+                kept[stack] = _Kept(distinct, _states(model, distinct, block))
+            return kept[stack].below
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        why = "there is no memory for their hidden states"
+    log.info("the blocks below %d run at every step: %s", block, why)
+    return None
 
 
-def _states(model: nn.Module, prompts: Sequence[Prompt], layer: int) -> Below | None:
-    rows, like = Tree(prompts).nodes, next(model.parameters())  # the embeddings, of the hidden states' type
-    if len(rows) * width(model) * like.element_size() > MOST:
-        return None
-    below = Below(layer, rows, torch.empty(len(rows), width(model), dtype=like.dtype, device=like.device))
+def _obstacle(model: nn.Module, prompts: Sequence[Prompt], block: int) -> str:
+    """Why the hidden states that a block is given can't be kept for these prompts; empty where they can."""
+    if block == 1:
+        return "there are none"
+    if tree_size(prompts) * width(model) * next(model.parameters()).element_size() > MOST_BYTES:
+        return f"their hidden states would take more than {MOST_BYTES >> 20} MiB"
+    if not packs(model, prompts):
+        return "this model's prompts can't be packed"
+    return _trial(model, block)
+
+
+def _trial(model: nn.Module, block: int) -> str:
+    """Tries whether a forward that begins at the block ends the same, and whether those below do the same in training.
+
+    Tried and not looked up: what a decoder does between its blocks, what one block leaves for another (a shared KV
+    cache), and what it draws at random (dropout, a router's noise) differ by architecture. Between the whole forward
+    and the other one runs a third, of more prompts, so that what a block has left behind isn't what it would leave.
+    """
+    prompts = trial_prompts(model)
+    try:
+        with evaluating(model):
+            whole = dict(pooled_states(model, packed(prompts[1:]), ["final"]))["final"]
+            below = _states(model, prompts, block)
+            resumed = dict(pooled_states(model, packed(prompts[1:], below), ["final"]))["final"]
+            if not torch.allclose(whole, resumed, rtol=0, atol=1e-5):
+                return "those above read what they leave"
+            model.train()
+            with torch.random.fork_rng():
+                for seed in range(2):
+                    torch.manual_seed(seed)
+                    if not torch.equal(_states(model, prompts, block).states, below.states):
+                        return "they are random in training"
+    except Exception as error:
+        if ran_out(error):
+            raise
+        return f"this model can't go on from there ({type(error).__name__}: {error})"
+    return ""
+
+
+def _states(model: nn.Module, prompts: Sequence[Prompt], block: int) -> Below:
+    """On the CPU, where a GPU's memory isn't taken from training; a batch's are moved when it runs."""
+    rows, dtype = Tree(prompts).nodes, next(model.parameters()).dtype  # the embeddings', as the hidden states'
+    below = Below(block, rows, torch.empty(len(rows), width(model), dtype=dtype))
 
     def keep(batch: Batch, hidden: torch.Tensor) -> None:
         assert batch.tokens is not None
         real = batch.tokens >= 0
-        below.states[batch.tokens[real].to(like.device)] = hidden[real.to(hidden.device)].to(below.states)
+        below.states[batch.tokens[real]] = hidden[real.to(hidden.device)].to(below.states)
 
-    with evaluating(model):
-        for places in similar_batches(prompts, TOKEN_BUDGET):
-            batch = packed([prompts[place] for place in places], below)
-            with read_states(model, [layer], lambda _, hidden, batch=batch: keep(batch, hidden)):
-                forward(model, batch)
+    for places in similar_batches(prompts, TOKEN_BUDGET):
+        batch = packed([prompts[place] for place in places], below)
+        with read_states(model, [below.layer], lambda _, hidden, batch=batch: keep(batch, hidden)):
+            forward(model, batch)
     return below
-
-
-def _goes_on(model: nn.Module, layer: int) -> bool:
-    """Whether a forward that begins at the layer ends where a whole one does."""
-    prompts = trial_prompts(model)
-    with evaluating(model):
-        whole = dict(pooled_states(model, packed(prompts), ["final"]))["final"]
-        resumed = dict(pooled_states(model, packed(prompts, _states(model, prompts, layer)), ["final"]))["final"]
-    return torch.allclose(whole, resumed, rtol=0, atol=1e-5)
-
-
-def _drops_out(model: nn.Module) -> bool:
-    """Whether the model itself, and not only its adapter, drops out at random while it trains."""
-    values = text_config(model).to_dict().items()
-    return any("drop" in key and isinstance(value, float) and value > 0 for key, value in values)

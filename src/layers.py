@@ -139,14 +139,19 @@ def _overlap(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple
 
 @dataclass(frozen=True)
 class Below:
-    """Hidden states of tokens at one layer, from which a forward can go on without the blocks up to there.
+    """Hidden states of tokens that a block is given: a forward can begin there, and those below needn't run.
 
     `rows` finds a token's row among them by that of the token before it (-1 for none) and its own id.
     """
 
-    layer: int
+    block: int
     rows: Mapping[tuple[int, int], int]
     states: Float[Tensor, "tokens d"]
+
+    @property
+    def layer(self) -> int:
+        """Whose hidden states they are."""
+        return self.block - 1
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ class Batch:
     """Token ids, the matrix that pools each row's prompts out of the row's tokens, and where each prompt then stands.
 
     `position_ids` and `sees`, which token attends to which, belong to a packed batch; a stacked one needs neither.
-    So do `below` and `tokens`, each token's row of it (-1 where a row is padded), where a forward can go on from there.
+    `below` is what is known of the batch's hidden states, `tokens` each token's row of it, -1 where a row is padded.
     """
 
     input_ids: Int[Tensor, "rows length"]
@@ -191,7 +196,7 @@ def packed(prompts: Sequence[Prompt], below: Below | None = None) -> Batch:
     sees = np.tile(np.eye(length, dtype=bool), (len(trees), 1, 1, 1))  # what pads a row sees itself
     pool = np.zeros((len(trees), most, length), np.float32)
     places = np.empty(len(prompts), np.int64)
-    tokens = np.full_like(input_ids, -1)
+    tokens = np.full_like(input_ids, -1) if below else None
     for row, tree in enumerate(trees):
         n = len(tree.tokens)
         input_ids[row, :n] = tree.tokens
@@ -199,13 +204,14 @@ def packed(prompts: Sequence[Prompt], below: Below | None = None) -> Batch:
         for node, parent in enumerate(tree.parents):
             if parent >= 0:
                 sees[row, 0, node] |= sees[row, 0, parent]
-        if below:
+        if below and tokens is not None:
             tokens[row, :n] = tree.rows_of(below)
         for at, (place, path) in enumerate(zip(members[row], tree.paths, strict=True)):
             prompt = prompts[place]
             pool[row, at, path[prompt.start : prompt.stop]] = 1 / (prompt.stop - prompt.start)
             places[place] = row * most + at
-    return Batch(*map(torch.from_numpy, (input_ids, pool, places, position_ids, sees, tokens)), below=below)
+    known = None if tokens is None else torch.from_numpy(tokens)
+    return Batch(*map(torch.from_numpy, (input_ids, pool, places, position_ids, sees)), tokens=known, below=below)
 
 
 _ROW = 128  # tokens: matrix products don't care how a batch is cut into rows, attention's cost grows with their length
@@ -266,8 +272,8 @@ def pooled_states(
 ) -> Iterator[tuple[Layer, Float[Tensor, "prompts d"]]]:
     """Unit vectors of a batch's prompts at each of the layers, in order of depth; blocks above the last don't run.
 
-    Nor do those up to the batch's `below`, where all of the layers are above it. Pooling happens inside the forward, so
-    that a layer's hidden states are gone before the next layer's exist.
+    Nor do those that the batch's `below` spares, where all of the layers are above it. Pooling happens inside the
+    forward, so that a layer's hidden states are gone before the next layer's exist.
     """
     read: dict[Layer, Tensor] = {}
     device = _input_device(model)
@@ -301,7 +307,7 @@ def _resumed(model: nn.Module, batch: Batch | None) -> Iterator[None]:
     if batch is None or batch.below is None or batch.tokens is None:
         yield
         return
-    states = batch.below.states[batch.tokens.to(batch.below.states.device)]
+    states = batch.below.states[batch.tokens]
     stack = blocks(model)
 
     def give(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -309,22 +315,22 @@ def _resumed(model: nn.Module, batch: Batch | None) -> Iterator[None]:
         return ((here, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": here})
 
     handle = stack[batch.below.layer].register_forward_pre_hook(give, with_kwargs=True)
-    skipped = [block for block, _ in zip(stack, range(batch.below.layer), strict=False)]
-    own = [block.__dict__.get("forward") for block in skipped]
+    skipped = list(stack)[: batch.below.layer]
+    own = [block.__dict__.get("forward") for block in skipped]  # accelerate puts one there
     try:
         for block in skipped:
             block.forward = _nothing
         yield
     finally:
         handle.remove()
-        for block, forward in zip(skipped, own, strict=True):
+        for block, before in zip(skipped, own, strict=True):
             del block.forward
-            if forward:
-                block.forward = forward
+            if before:
+                block.forward = before
 
 
 def _nothing(hidden_states: Any, *_args: Any, **_kwargs: Any) -> tuple[Any]:
-    """In a block's place; whether the decoder expects a tuple or not: nobody reads what is in it."""
+    """In a block's place; a tuple for the decoders that expect one, and most don't look at what is in it."""
     return (hidden_states,)
 
 

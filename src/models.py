@@ -273,7 +273,7 @@ def unpacked(model: nn.Module, read: Sequence[Layer], below: Below | None = None
     stack = blocks(model)
     packed: list[Any] = [  # none where the model isn't quantised
         module
-        for index in peft_indices(range(1 + (below.layer if below else 0), deepest + 1))
+        for index in peft_indices(range(below.block if below else 1, deepest + 1))
         for module in stack[index].modules()
         if isinstance(module, Linear4bit) and module.weight.device.type == "cpu"
     ]

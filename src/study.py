@@ -280,7 +280,7 @@ def describe_layers(study: Study, blocks: list[int], read: tuple[Layer, ...], wh
 
 def run_below_adapter(study: Study, blocks: Sequence[int]) -> Below | None:
     """The hidden states of all pairs that the first adapted block is given: training doesn't change them."""
-    return run_below(study.loaded.model, study.source + study.target, min(blocks) - 1)
+    return run_below(study.loaded.model, study.source + study.target, min(blocks))
 
 
 def train_adapter(
@@ -312,8 +312,9 @@ def train_adapter(
         for weight, first in zip(weights, beginning, strict=True):
             weight.data.copy_(first)
         how = replace(Schedule(**asdict(schedule)), batch_size=batch_size)
-        with unpacked(model, read, below):
-            return train(model, *words, asked, how, below=below, progress=progress, after_epoch=after_epoch)
+        known = below if how.precision == "float32" else None  # autocast would have run the blocks below in bfloat16
+        with unpacked(model, read, known):
+            return train(model, *words, asked, how, below=known, progress=progress, after_epoch=after_epoch)
 
     losses, used = halved("training", "train.batch_size", schedule.batch_size, attempt, least=2)
     return losses, {"train_batch_size_used": used}

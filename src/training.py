@@ -72,9 +72,9 @@ def train(
     """Trains the model's trainable weights in place; returns the loss of every optimizer step.
 
     `source[i]` and `target[i]` are pair i; `relevant` row i lists the pairs whose target is a right translation of
-    source i, padded with -1, and none of them ever serves as its negative. From `below` every step goes on, where its
-    layer is below the adapter and the losses. `after_epoch` is called with the number of
-    each epoch that ends, from 1; it may encode (`layers.encode` leaves modes and random numbers alone) or raise.
+    source i, padded with -1, and none of them ever serves as its negative. Each step begins with the hidden states that
+    `below` holds, where all losses are read above them. `after_epoch` is called with the number of each epoch that
+    ends, from 1; it may encode (`layers.encode` leaves modes and random numbers alone) or raise.
 
     Raises NumbersError when a loss, a gradient or the adapter after a step isn't finite, naming the step; UserError
     when a source has every pair's target among its translations.
@@ -129,8 +129,8 @@ def batch_loss(
     """The objective on one batch of pairs, summed over its layers.
 
     `negatives[i]` is the pair whose target is anchor i's negative; None takes the hardest in the batch. `joint`
-    packs all words into one row, and goes on from what it knows of them `below`; without it there is a forward for each
-    token count (see `layers.packs`).
+    packs all words into one batch, which begins with the hidden states that `below` holds; without it there is a
+    forward for each token count (see `layers.packs`).
     """
     prompts = [source[i] for i in pairs] + [target[i] for i in pairs]
     if negatives is not None:

@@ -54,7 +54,7 @@ def encode_words(
 ) -> Vectors:
     """Vectors of the prompts at all layers, in `file` where one is given.
 
-    `known` are hidden states to go on from and the same prompts' vectors, whose layers up to there are copied.
+    `known` are hidden states to go on from, and the same prompts' vectors, whose layers up to there are copied.
     Raises OSError (DiskError without `file`) at once where the disk can't hold them.
     """
     distinct, row_of = distinct_prompts(prompts, as_batched=True)
@@ -63,8 +63,12 @@ def encode_words(
     made = _room(shape, rows) if file is None else _room_in(file, shape, rows)
     below, first = None, 0
     if known:
-        below, first = known[0], known[0].layer + 1
-        made.array[:first] = known[1].array[:first]
+        below, before = known
+        first = below.block
+        for layer in range(first):
+            made.array[layer] = before.array[layer]
+            made.let_go()
+            before.let_go()
     for places, vectors in encoded_batches(model, distinct, layers[first:], below, progress):
         made.array[first:, places] = vectors.numpy()
         made.let_go()

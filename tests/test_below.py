@@ -1,21 +1,23 @@
 """What lies below the first adapted block is run once, and nothing else changes by it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from src import below, layers, study
+from bench.speed import setting
+from src import below, study
 from src.below import run_below
 from src.layers import Prompt, blocks, encode, packed, pooled_states
 from src.models import adapter
 from src.results import read_table
 from src.training import Objective, Schedule, train
 from src.vectors import encode_words
-from tests.test_layers import gemma, gpt2, llama, prompts
+from tests.test_layers import SMALL, gemma, gpt2, llama, prompts
 from tests.test_training import LORA, OWN, words
 
 SHORT = [prompt for prompt in prompts() if len(prompt.ids) <= 4]  # Gemma's window
@@ -24,8 +26,6 @@ SHORT = [prompt for prompt in prompts() if len(prompt.ids) <= 4]  # Gemma's wind
 def sure_gpt2() -> GPT2LMHeadModel:
     """Without GPT-2's own dropout."""
     model = gpt2()
-    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"):
-        setattr(model.config, key, 0.0)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -55,27 +55,28 @@ def counted(model: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("make", [llama, gemma, sure_gpt2])
-@pytest.mark.parametrize("layer", [1, 3, 4])
-def test_a_forward_goes_on_from_known_hidden_states_to_the_same_vectors(make, layer):
+@pytest.mark.parametrize("block", [2, 4, 5])
+def test_a_forward_goes_on_from_known_hidden_states_to_the_same_vectors(make, block):
     model = make().eval()
-    known = run_below(model, SHORT, layer)
-    assert known
-    above = [*range(layer + 1, 6), "final"]
+    known = run_below(model, SHORT, block)
+    assert known and known.layer == block - 1
+    above = [*range(block, 6), "final"]
     whole = encode(model, SHORT, layers=above)
     counts = counted(model)
     torch.testing.assert_close(encode(model, SHORT, layers=above, below=known), whole, atol=1e-5, rtol=0)
-    assert counts == [0] * layer + [1] * (5 - layer)
-    some = SHORT[3:9]  # in another order, other trees
-    torch.testing.assert_close(
-        encode(model, some[::-1], layers=above, below=known), whole[:, 3:9].flip(1), atol=1e-5, rtol=0
-    )
-    assert all("forward" in block.__dict__ for block in blocks(model))  # what stood in a block's place is put back
+    assert counts == [0] * (block - 1) + [1] * (6 - block)
+    turned = SHORT[3:9][::-1]  # in another order, other trees
+    expected = whole[:, 3:9].flip(1)
+    torch.testing.assert_close(encode(model, turned, layers=above, below=known), expected, atol=1e-5, rtol=0)
+    counts[:] = [0] * 5
+    torch.testing.assert_close(encode(model, SHORT, layers=above), whole, atol=1e-6, rtol=0)
+    assert counts == [1] * 5  # what stood in a block's place, here a test's own forward, is back
 
 
-def test_known_hidden_states_are_what_the_blocks_are_given():
+def test_known_hidden_states_are_what_the_block_is_given():
     """Others in their place would be seen."""
     model = llama()
-    known = run_below(model, SHORT, 3)
+    known = run_below(model, SHORT, 4)
     assert known
     batch = packed(SHORT, known)
     before = dict(pooled_states(model, batch, [4]))[4]
@@ -85,7 +86,7 @@ def test_known_hidden_states_are_what_the_blocks_are_given():
 
 def test_a_layer_that_is_not_above_them_runs_all_blocks():
     model = llama()
-    known = run_below(model, SHORT, 3)
+    known = run_below(model, SHORT, 4)
     for some in ([2, 5], [3, 5]):
         expected = encode(model, SHORT, layers=some)
         torch.testing.assert_close(encode(model, SHORT, layers=some, below=known), expected, atol=1e-6, rtol=0)
@@ -94,13 +95,11 @@ def test_a_layer_that_is_not_above_them_runs_all_blocks():
 @pytest.mark.parametrize("objective", [Objective("triplet", (3, "final")), Objective("infonce", ("final",))])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_training_gives_the_same_losses_and_adapter_and_runs_the_blocks_below_once(tiny, objective, dropout):
-    from dataclasses import replace
-
     source, target = words(tiny)
     plan = Schedule(epochs=3, batch_size=4, learning_rate=1e-2)
     found = {}
     for way in ("whole", "resumed"):
-        known = run_below(tiny.model, source + target, 2) if way == "resumed" else None
+        known = run_below(tiny.model, source + target, 3) if way == "resumed" else None
         assert (known is not None) == (way == "resumed")
         before = encode_words(tiny.model, source + target)
         with adapter(tiny.model, replace(LORA, dropout=dropout), [3], seed=1) as model:
@@ -122,49 +121,99 @@ def test_training_gives_the_same_losses_and_adapter_and_runs_the_blocks_below_on
     assert not np.allclose(resumed[3:], before[3:], atol=1e-2)
 
 
-def test_one_layer_s_states_serve_the_next_job_and_no_other_words(tiny, monkeypatch):
+def test_a_block_s_states_serve_the_next_job_and_no_other_words(tiny):
     source, target = words(tiny)
-    runs = []
-    make = below._states
-    monkeypatch.setattr(below, "_states", lambda *arguments: runs.append(arguments[2]) or make(*arguments))
-    first = run_below(tiny.model, source + target, 2)
-    done = len(runs)
-    assert run_below(tiny.model, source + target, 2) is first
-    assert len(runs) == done
-    assert run_below(tiny.model, source, 2) is not first
+    first = run_below(tiny.model, source + target, 3)
+    assert first
+    assert run_below(tiny.model, source + target, 3) is first
     other = run_below(tiny.model, source, 3)
-    assert other and other.layer == 3
+    assert other and len(other.states) < len(first.states)
+    deeper = run_below(tiny.model, source, 4)
+    assert deeper and deeper.block == 4
 
 
-def test_nothing_is_kept_where_a_forward_could_not_go_on(monkeypatch):
-    assert run_below(llama(), SHORT, 0) is None  # nothing is below
-    assert run_below(gpt2(), SHORT, 2) is None  # it drops out while it trains
-    assert run_below(gemma(), [Prompt((1, 2, 3, 4, 5), 0, 5)], 2) is None  # longer than its window
-    crossed = llama()
-    reached: dict[str, Any] = {}
-    attention(crossed, 1).register_forward_hook(lambda _m, _a, output: reached.update(first=output[0]))
-    blocks(crossed)[4].register_forward_hook(lambda _m, _a, output: output + reached.pop("first", 0))
-    assert run_below(crossed, SHORT, 2) is None  # its last block reads what the first has left
-    assert run_below(crossed, SHORT, 2) is None
-    monkeypatch.setattr(below, "MOST", 1000)
-    assert run_below(llama(), SHORT, 2) is None
+def crossed(vocabulary: int) -> Any:
+    """A model whose last block reads what its first has left: with the usual size, the trial's order is another."""
+    changed: dict[str, Any] = {**SMALL, "vocab_size": vocabulary, "initializer_range": 0.2}
+    model = LlamaForCausalLM(LlamaConfig(**changed)).eval()
+    left: dict[str, Any] = {}
+    attention(model, 1).register_forward_hook(lambda _m, _a, output: left.update(first=output[0]))
+    blocks(model)[4].register_forward_hook(lambda _m, _a, output: output + left["first"])
+    return model
+
+
+def shaped() -> Any:
+    """A decoder that looks at what a block gives."""
+    model = llama()
+    inner: Any = blocks(model)[2]
+    inner.register_forward_pre_hook(
+        lambda _m, args, kwargs: (args, kwargs) if args[0].shape else None, with_kwargs=True
+    )
+    return model
+
+
+def noisy() -> Any:
+    """Random in training, as a router's jitter is, and not by a name that says so."""
+    model = llama()
+    mlp: Any = blocks(model)[0]
+    mlp.register_forward_hook(
+        lambda m, _a, output: output * (1 + 0.01 * torch.rand_like(output)) if m.training else None
+    )
+    return model
+
+
+def expect_none(caplog: pytest.LogCaptureFixture, model: Any, some: list[Prompt], block: int, why: str) -> None:
+    caplog.clear()
+    generator = torch.random.get_rng_state()
+    with caplog.at_level("INFO", logger="src.below"):
+        assert run_below(model, some, block) is None
+    (said,) = caplog.messages
+    assert why in said
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert not model.training
+
+
+def test_nothing_is_kept_where_a_forward_could_not_go_on(caplog, monkeypatch):
+    expect_none(caplog, llama(), SHORT, 1, "there are none")
+    expect_none(caplog, gpt2(), SHORT, 3, "random in training")  # dropout
+    expect_none(caplog, noisy(), SHORT, 3, "random in training")
+    expect_none(caplog, gemma(), [Prompt((1, 2, 3, 4, 5), 0, 5)], 3, "can't be packed")  # longer than its window
+    for vocabulary in (99, 1200):
+        expect_none(caplog, crossed(vocabulary), SHORT, 3, "can't go on from there")
+    expect_none(caplog, shaped(), SHORT, 3, "can't go on from there (AttributeError")
+    monkeypatch.setattr(below, "MOST_BYTES", 1000)
+    expect_none(caplog, llama(), SHORT, 3, "more than 0 MiB")
     monkeypatch.undo()
 
     def full(*_: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(layers, "packed", full)
-    model = llama()
-    monkeypatch.setattr(below, "packed", full)
-    monkeypatch.setattr(below, "packs", lambda *_: True)
-    assert run_below(model, SHORT, 2) is None  # no memory
+    monkeypatch.setattr(below, "_states", full)
+    expect_none(caplog, llama(), SHORT, 3, "no memory")
+
+
+def test_bfloat16_training_runs_the_blocks_below_as_it_did(tiny, monkeypatch):
+    """Autocast would run them in bfloat16."""
+    seen = []
+    monkeypatch.setattr(study, "train", lambda *_, below, **__: seen.append(below) or [])
+    config = setting("model=tiny", "lora.layers=[3]", "dataset.limit=40", "dataset.control_size=10")
+    for precision in ("float32", "bfloat16"):
+        own = replace(config, train=replace(config.train, precision=precision))
+        lexicon, split = study.read_words(config.dataset)
+        it = study.prepare(own, lexicon, split, tiny)
+        known = study.run_below_adapter(it, [3])
+        with adapter(tiny.model, config.lora, [3], seed=0) as model:
+            study.train_adapter(it, model, (3,), known, lambda items, _: items)
+    assert seen[0] is not None
+    assert seen[1] is None
 
 
 def test_a_run_with_them_finds_what_one_without_finds(cli, tmp_path, monkeypatch):
     found = {}
     for way in ("with", "without"):
-        if way == "without":
+        if way == "without":  # every block at every step, and all layers measured
             monkeypatch.setattr(study, "run_below", lambda *_: None)
+            monkeypatch.setattr(study, "measure_after", measure_all)
         folder = tmp_path / way
         arguments = ["model=tiny", "lora.layers=[3]", "dataset.limit=80", "dataset.control_size=20", "tracking=off"]
         status, _, said = cli(*arguments, "eval.probes=false", "train.learning_rate=1e-2", f"hydra.run.dir={folder}")
@@ -176,3 +225,7 @@ def test_a_run_with_them_finds_what_one_without_finds(cli, tmp_path, monkeypatch
         if stage == "after" and rest == ["control", "pair_cosine"]:
             before = found["with"][layer, "before", *rest]
             assert (value == before) == (layer in {"0", "1", "2"})
+
+
+def measure_all(it: Any, _before: Any, after: Any, _blocks: Any, progress: Any) -> Any:
+    return study._measure_layers(it, after, "after", study.SPLITS, progress)

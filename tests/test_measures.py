@@ -192,11 +192,12 @@ def test_procrustes_undoes_a_rotation():
     assert few["procrustes_p_at_1"] < 0.5
 
 
-def test_procrustes_at_an_attention_sink_is_the_exact_map():
+@pytest.mark.parametrize("pairs", [90, 10])  # with more than there are dimensions, and with fewer
+def test_procrustes_at_an_attention_sink_is_the_exact_map(pairs):
     """Where one direction is thousands of times as long as the rest; float32 would turn these at random."""
     draw = torch.Generator().manual_seed(5)
     sink = 3000 * unit(torch.randn(1, 24, generator=draw))
-    source, target = (unit(sink + torch.randn(90, 24, generator=draw)) for _ in range(2))
+    source, target = (unit(sink + torch.randn(pairs, 24, generator=draw)) for _ in range(2))
     expected = torch.from_numpy(orthogonal_procrustes(source.double().numpy(), target.double().numpy())[0])
     moved = measures._rotated(source, source, target)
     torch.testing.assert_close(moved, (source.double() @ expected).float(), atol=1e-6, rtol=0)

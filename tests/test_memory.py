@@ -18,7 +18,7 @@ from src.memory import halved, ran_out, told
 from tests.conftest import ROOT, run_command
 
 LARGE = (  # some 500 MB for a training step of all pairs, 270 for half of them
-    "model=tiny", "dataset.limit=300", "dataset.control_size=40", "train.epochs=1", "eval.permutations=99",
+    "model=tiny", "dataset.limit=600", "dataset.control_size=40", "train.epochs=1", "eval.permutations=99",
     "eval.probes=false", "tracking=off", "lora.layers=[1]", "objective=infonce", "objective.layer=4",
     f"eval.template='{{word}} {'x' * 40}'",
 )  # fmt: skip
@@ -40,7 +40,7 @@ def test_encoding_and_training_go_on_with_half_the_batch(tmp_path, monkeypatch):
     (tmp_path / "short").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TLI_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.limited", "encode_before=120,train_adapter=400", *LARGE, "train.batch_size=256"],
+        [sys.executable, "-m", "tests.limited", "encode_before=200,train_adapter=400", *LARGE, "train.batch_size=256"],
         cwd=tmp_path / "short", env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
