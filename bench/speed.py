@@ -275,12 +275,12 @@ def across(repeats: int) -> None:
     _swept(repeats, ACROSS, [16], {"TLI Lab, 12 jobs": ()})
 
 
-def _swept(repeats: int, swept: Sequence[str], blocks: Sequence[int], ours: dict[str, tuple[str, ...]]) -> None:
+def _swept(repeats: int, swept: Sequence[str], adapted: Sequence[int], ours: dict[str, tuple[str, ...]]) -> None:
     """A sweep through the real command, with (a)'s own evaluation of an adapter in the given blocks beside it.
 
     All begin with a converted model and nothing else in the cache.
     """
-    script = [sys.executable, "-m", "bench.script", str(packaged_folder(str(setting().model.id))), *map(str, blocks)]
+    script = [sys.executable, "-m", "bench.script", str(packaged_folder(str(setting().model.id))), *map(str, adapted)]
     seconds: Measured = {"(a) twelve runs (one timed, × 12)": []} | {name: [] for name in ours}
     parts: Measured = {"a further job": [], "its training and one encoding": [], "MLflow": []}
     for _ in range(repeats):

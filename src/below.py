@@ -18,6 +18,7 @@ from src.layers import (
     Tree,
     blocks,
     distinct_prompts,
+    embeddings,
     evaluating,
     forward,
     packed,
@@ -63,7 +64,7 @@ def run_below(model: nn.Module, prompts: Sequence[Prompt], block: int) -> Below 
         if not ran_out(error):
             raise
         why = "there is no memory for their hidden states"
-    log.info("the blocks below %d run at every step: %s", block, why)
+    log.info("nothing is kept of the blocks below %d: %s", block, why)
     return None
 
 
@@ -71,7 +72,7 @@ def _obstacle(model: nn.Module, prompts: Sequence[Prompt], block: int) -> str:
     """Why the hidden states that a block is given can't be kept for these prompts; empty where they can."""
     if block == 1:
         return "there are none"
-    if tree_size(prompts) * width(model) * next(model.parameters()).element_size() > MOST_BYTES:
+    if tree_size(prompts) * width(model) * embeddings(model).weight.element_size() > MOST_BYTES:
         return f"their hidden states would take more than {MOST_BYTES >> 20} MiB"
     if not packs(model, prompts):
         return "this model's prompts can't be packed"
@@ -108,8 +109,8 @@ def _trial(model: nn.Module, block: int) -> str:
 
 def _states(model: nn.Module, prompts: Sequence[Prompt], block: int) -> Below:
     """On the CPU, where a GPU's memory isn't taken from training; a batch's are moved when it runs."""
-    rows, dtype = Tree(prompts).nodes, next(model.parameters()).dtype  # the embeddings', as the hidden states'
-    below = Below(block, rows, torch.empty(len(rows), width(model), dtype=dtype))
+    rows = Tree(prompts).nodes
+    below = Below(block, rows, torch.empty(len(rows), width(model), dtype=embeddings(model).weight.dtype))
 
     def keep(batch: Batch, hidden: torch.Tensor) -> None:
         assert batch.tokens is not None

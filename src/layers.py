@@ -196,7 +196,6 @@ def packed(prompts: Sequence[Prompt], below: Below | None = None) -> Batch:
     sees = np.tile(np.eye(length, dtype=bool), (len(trees), 1, 1, 1))  # what pads a row sees itself
     pool = np.zeros((len(trees), most, length), np.float32)
     places = np.empty(len(prompts), np.int64)
-    tokens = np.full_like(input_ids, -1) if below else None
     for row, tree in enumerate(trees):
         n = len(tree.tokens)
         input_ids[row, :n] = tree.tokens
@@ -204,14 +203,15 @@ def packed(prompts: Sequence[Prompt], below: Below | None = None) -> Batch:
         for node, parent in enumerate(tree.parents):
             if parent >= 0:
                 sees[row, 0, node] |= sees[row, 0, parent]
-        if below and tokens is not None:
-            tokens[row, :n] = tree.rows_of(below)
         for at, (place, path) in enumerate(zip(members[row], tree.paths, strict=True)):
             prompt = prompts[place]
             pool[row, at, path[prompt.start : prompt.stop]] = 1 / (prompt.stop - prompt.start)
             places[place] = row * most + at
-    known = None if tokens is None else torch.from_numpy(tokens)
-    return Batch(*map(torch.from_numpy, (input_ids, pool, places, position_ids, sees)), tokens=known, below=below)
+    tokens = None
+    if below:
+        rows = [tree.rows_of(below) for tree in trees]
+        tokens = torch.tensor([row + [-1] * (length - len(row)) for row in rows])
+    return Batch(*map(torch.from_numpy, (input_ids, pool, places, position_ids, sees)), tokens=tokens, below=below)
 
 
 _ROW = 128  # tokens: matrix products don't care how a batch is cut into rows, attention's cost grows with their length
@@ -278,10 +278,9 @@ def pooled_states(
     read: dict[Layer, Tensor] = {}
     device = _input_device(model)
     matrix, places = batch.pool.to(device), batch.places.to(device)
-    known = batch if batch.below and all(layer == "final" or layer > batch.below.layer for layer in layers) else None
     with (
         read_states(model, layers, lambda layer, hidden: read.__setitem__(layer, _pool(hidden, matrix, places))),
-        _resumed(model, known),
+        _resumed(model, batch, layers),
     ):
         output = forward(model, batch)
         if "final" in layers:
@@ -299,23 +298,24 @@ def forward(model: nn.Module, batch: Batch) -> Float[Tensor, "rows length d"]:
 
 
 @contextmanager
-def _resumed(model: nn.Module, batch: Batch | None) -> Iterator[None]:
-    """Has the forward of a batch go on from the hidden states that it knows: the blocks up to there do nothing.
+def _resumed(model: nn.Module, batch: Batch, layers: Sequence[Layer]) -> Iterator[None]:
+    """Has a forward that reads layers above what the batch knows go on from there: the blocks up to it do nothing.
 
     The decoder's own code still makes positions and masks, as each architecture wants them.
     """
-    if batch is None or batch.below is None or batch.tokens is None:
+    below, tokens = batch.below, batch.tokens
+    if below is None or tokens is None or not all(layer == "final" or layer > below.layer for layer in layers):
         yield
         return
-    states = batch.below.states[batch.tokens]
+    states = below.states[tokens]
     stack = blocks(model)
 
     def give(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         here = states.to(_input_device(model))
         return ((here, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": here})
 
-    handle = stack[batch.below.layer].register_forward_pre_hook(give, with_kwargs=True)
-    skipped = list(stack)[: batch.below.layer]
+    handle = stack[below.layer].register_forward_pre_hook(give, with_kwargs=True)
+    skipped = list(stack)[: below.layer]
     own = [block.__dict__.get("forward") for block in skipped]  # accelerate puts one there
     try:
         for block in skipped:
@@ -399,7 +399,7 @@ def _keeps_apart(model: nn.Module) -> bool:
             if ran_out(error):
                 raise
             return False
-    exact = apart.dtype == _embeddings(model).weight.dtype and not getattr(model, "is_quantized", False)
+    exact = apart.dtype == embeddings(model).weight.dtype and not getattr(model, "is_quantized", False)
     return bool(((apart * together).sum(dim=-1) > 1 - (1e-5 if exact else 5e-3)).all())
 
 
@@ -556,8 +556,8 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _input_device(model: nn.Module) -> torch.device:
-    return _embeddings(model).weight.device
+    return embeddings(model).weight.device
 
 
-def _embeddings(model: nn.Module) -> Any:
+def embeddings(model: nn.Module) -> Any:
     return _decoder(model).get_input_embeddings()  # pyright: ignore
