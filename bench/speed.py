@@ -39,6 +39,7 @@ from bench.scale import cache_with_models
 from src import below, study
 from src.config import Config, read_config, register
 from src.layers import blocks, encode, tokenize, tree_size
+from src.linear import product
 from src.models import LoadedModel, _held, adapter, load_model
 from src.packaged import packaged_folder
 
@@ -199,9 +200,9 @@ def _products(loaded: LoadedModel, task: Task, tokens: int) -> Callable[[], None
 
     def step() -> None:
         for weight in forward:
-            torch.nn.functional.linear(states[weight.shape[1]], weight)
+            product(states[weight.shape[1]], weight)
         for weight in back:
-            _ = states[weight.shape[0]] @ weight
+            product(states[weight.shape[0]], weight.T)
 
     return step
 
@@ -244,7 +245,7 @@ def arithmetic(repeats: int) -> None:
 
     def products() -> None:
         for weight in weights:
-            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            product(inputs[weight.shape[1]], weight)
 
     seconds = take_turns({"products alone": products, "encoding": lambda: encode(it.loaded.model, distinct)}, repeats)
     rates = [512 * work / value / 1e9 for value in seconds["products alone"]]

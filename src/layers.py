@@ -214,21 +214,24 @@ def packed(prompts: Sequence[Prompt], below: Below | None = None) -> Batch:
     return Batch(*map(torch.from_numpy, (input_ids, pool, places, position_ids, sees)), tokens=tokens, below=below)
 
 
-_ROW = 128  # tokens: matrix products don't care how a batch is cut into rows, attention's cost grows with their length
+_ROW = 32  # tokens: matrix products don't care how a batch is cut into rows, attention's cost grows with their length
 _WASTE = 1.05  # what cutting may cost in tokens: rows repeat what all begin with, and are padded
 
 
 def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Places of the prompts of each row: as many even rows, of at most about _ROW tokens, as waste little."""
+    """Places of the prompts of each row: as many even rows, of about _ROW tokens or more, as waste little."""
     order = sorted(range(len(prompts)), key=lambda place: prompts[place].ids)
     ordered = [prompts[place] for place in order]
     size = tree_size(ordered)
     common = _shared(ordered[0].ids, ordered[-1].ids)  # every row repeats it
-    most = min(-(-size // _ROW), 1 + int((_WASTE - 1) * size / max(1, common)))
-    for rows in range(most, 1, -1):
-        for capacity in range(-(-size // rows), int(_WASTE * size / rows) + 1):
+    longest = max(len(prompt.ids) for prompt in prompts)  # no row is shorter
+    rows = min(-(-size // max(_ROW, longest)), 1 + int((_WASTE - 1) * size / max(1, common)))
+    while rows > 1:
+        least, most = max(longest, -(-size // rows)), int(_WASTE * size / rows)
+        for capacity in range(least, most + 1, max(1, (most - least) // 4)):
             if len(members := similar_batches(ordered, capacity)) <= rows:
                 return [[order[place] for place in row] for row in members]
+        rows = rows * 3 // 4
     return [list(range(len(prompts)))]
 
 

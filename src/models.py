@@ -33,6 +33,7 @@ from src.files import (
     room_for,
 )
 from src.layers import Below, Layer, blocks, depth, peft_indices
+from src.linear import ONEDNN, multiply_by_onednn
 from src.memory import ran_out
 from src.packaged import packaged_folder
 
@@ -88,6 +89,7 @@ def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
         folder, revision = _locate(config)
     model, tokenizer = _from_folder(folder, config, quant, device)
     model.eval().requires_grad_(False)
+    multiply_by_onednn(model)
     _keep_4bit_weights(model)
     if config.n_layers is not None and depth(model) != config.n_layers:
         raise UserError(f"model.n_layers={config.n_layers}, but {config.name} has {depth(model)} blocks: mend the key")
@@ -99,7 +101,8 @@ def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
 def _identity(model: PreTrainedModel, tokenizer: Any, key: str, revision: str) -> str:
     """Names the weights and the arithmetic, so that a cached encoding is used for these alone."""
     versions = [version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")]
-    return digest(key, revision, *versions, model.device.type, str(len(tokenizer)))
+    products = "oneDNN" if ONEDNN else "torch"
+    return digest(key, revision, *versions, products, model.device.type, str(len(tokenizer)))
 
 
 # --- where the weights come from ----------------------------------------------------------------------------

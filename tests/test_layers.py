@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from transformers import (
 
 from src import layers
 from src.errors import UserError
-from src.layers import Prompt, all_layers, encode, packed, packs, pooled_states, stacked, tokenize
+from src.layers import Prompt, all_layers, encode, packed, packs, pooled_states, stacked, tokenize, tree_size
 
 SMALL: dict[str, Any] = {
     "vocab_size": 99,
@@ -112,14 +113,22 @@ def test_a_packed_forward_keeps_prompts_apart(make):
     some += [Prompt((*prompt.ids[:2], 7, 8), 1, 4) for prompt in some if len(prompt.ids) > 2]
     assert packs(model, some)
     batch = packed(some)
-    assert batch.input_ids.numel() == len(
-        {prompt.ids[:end] for prompt in some for end in range(1, len(prompt.ids) + 1)}
-    )
+    assert len(batch.input_ids) > 1
     together = dict(pooled_states(model, batch, [2, "final"]))
     for i, prompt in enumerate(some):
         apart = dict(pooled_states(model, stacked([prompt]), [2, "final"]))
         for layer in (2, "final"):
             torch.testing.assert_close(together[layer][i], apart[layer][0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [range(1, 7), range(20, 21), range(5, 61), range(150, 201)])
+@pytest.mark.parametrize("common", [0, 12])
+def test_rows_pad_and_repeat_little(lengths, common):
+    """In rows of one size, prompts of many lengths would be padded by two thirds."""
+    generator = np.random.default_rng(0)
+    words = [generator.integers(99, 9999, generator.choice(lengths)).tolist() for _ in range(100)]
+    some = [Prompt((1,) * common + tuple(ids), 0, 1) for ids in words]
+    assert packed(some).input_ids.numel() <= 1.05 * tree_size(some) + len(packed(some).input_ids)
 
 
 def test_a_sliding_window_shorter_than_a_prompt_is_not_packed():
@@ -171,7 +180,8 @@ def test_layer_0_alone_runs_no_block():
     assert not ran
 
 
-def test_each_distinct_prompt_is_run_once():
+def test_each_distinct_prompt_is_run_once(monkeypatch):
+    monkeypatch.setattr(layers, "_ROW", 128)  # one row, which is not padded
     model = llama()
     tokens = []
     model.get_decoder().register_forward_pre_hook(

@@ -1,0 +1,61 @@
+"""Frozen linear layers on a CPU, multiplied by oneDNN where torch itself would take the slower of its two libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# What torch.compile makes of a linear layer on a CPU; absent from builds of torch without oneDNN.
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def multiply_by_onednn(model: nn.Module) -> None:
+    """Has the model's linear layers multiply frozen float32 weights by oneDNN, on a CPU whose torch has it.
+
+    torch takes MKL for float32, which on an AMD EPYC reaches 0.6 to 0.95 of oneDNN's rate, least with few tokens and
+    on the way back (`python -m bench.products`). Results differ in the last bits, as between numbers of threads.
+    """
+    for module in model.modules():
+        if ONEDNN and type(module) is nn.Linear:
+            module.__class__ = _Linear
+
+
+def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """states @ weight.T + bias by oneDNN, float32, the weight in any layout. Passes no gradient on."""
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+class _Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if (
+            input.dtype is not torch.float32
+            or weight.dtype is not torch.float32
+            or weight.device.type != "cpu"
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return functional.linear(input, weight, bias)
+        if not torch.is_grad_enabled():
+            return product(input, weight, bias)
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return functional.linear(input, weight, bias)
+        return _Product.apply(input, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """The product with a frozen weight: only what is multiplied has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(states, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weight,) = ctx.saved_tensors
+        return product(gradients[0], weight.T), None, None
