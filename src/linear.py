@@ -16,7 +16,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 def multiply_by_onednn(model: nn.Module) -> None:
     """Has the model's linear layers multiply frozen float32 weights by oneDNN, on a CPU whose torch has it.
 
-    torch takes MKL for float32; on an AMD EPYC oneDNN multiplies 1.05 to 1.2 times as fast (`python -m bench.products`).
+    torch takes MKL for float32; on an AMD EPYC oneDNN has 1.05 to 1.2 times its rate (`python -m bench.products`).
     Results differ in the last bits, as they do between numbers of threads.
     """
     for module in model.modules():
