@@ -214,25 +214,41 @@ def packed(prompts: Sequence[Prompt], below: Below | None = None) -> Batch:
     return Batch(*map(torch.from_numpy, (input_ids, pool, places, position_ids, sees)), tokens=tokens, below=below)
 
 
-_ROW = 32  # tokens: matrix products don't care how a batch is cut into rows, attention's cost grows with their length
-_WASTE = 1.05  # what cutting may cost in tokens: rows repeat what all begin with, and are padded
+# Tokens. Matrix products don't care how a batch is cut into rows, attention's cost grows with their length.
+_ROW = 32  # the shortest that is tried
+_AS_MUCH = 2000  # of a row whose attention costs as much again as the products (SmolLM2 on a CPU)
 
 
 def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Places of the prompts of each row: as many even rows, of about _ROW tokens or more, as waste little."""
+    """Places of the prompts of each row: cut so that padding, repeated beginnings and attention cost least together."""
     order = sorted(range(len(prompts)), key=lambda place: prompts[place].ids)
-    ordered = [prompts[place] for place in order]
-    size = tree_size(ordered)
-    common = _shared(ordered[0].ids, ordered[-1].ids)  # every row repeats it
-    longest = max(len(prompt.ids) for prompt in prompts)  # no row is shorter
-    rows = min(-(-size // max(_ROW, longest)), 1 + int((_WASTE - 1) * size / max(1, common)))
-    while rows > 1:
-        least, most = max(longest, -(-size // rows)), int(_WASTE * size / rows)
-        for capacity in range(least, most + 1, max(1, (most - least) // 4)):
-            if len(members := similar_batches(ordered, capacity)) <= rows:
-                return [[order[place] for place in row] for row in members]
-        rows = rows * 3 // 4
-    return [list(range(len(prompts)))]
+    ordered = [prompts[place].ids for place in order]
+    lengths = [len(ids) for ids in ordered]
+    new = [len(ids) - _shared(ids, before) for ids, before in zip(ordered, [(), *ordered], strict=False)]
+    costs: list[tuple[float, list[int]]] = []
+    capacity = max(_ROW, *lengths)
+    while not costs or len(costs[-1][1]) > 1:
+        starts, longest = _cut(lengths, new, capacity)
+        costs.append((len(starts) * longest * (1 + longest / _AS_MUCH), starts))
+        capacity += capacity // 8
+    _, starts = min(costs)
+    return [order[start:stop] for start, stop in zip(starts, [*starts[1:], len(order)], strict=True)]
+
+
+def _cut(lengths: Sequence[int], new: Sequence[int], capacity: int) -> tuple[list[int], int]:
+    """(where rows of at most so many tokens begin, the longest one's tokens).
+
+    A prompt brings a row all its tokens if it is the first, and else those that it doesn't share with the one before.
+    """
+    starts: list[int] = []
+    size, longest = capacity, 0
+    for place, (length, added) in enumerate(zip(lengths, new, strict=True)):
+        size += added
+        if size > capacity:
+            starts.append(place)
+            size = length
+        longest = max(longest, size)
+    return starts, longest
 
 
 class Tree:

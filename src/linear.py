@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import torch
@@ -9,19 +10,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# What torch.compile makes of a linear layer on a CPU; absent from builds of torch without oneDNN.
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+def library() -> str:
+    """What multiplies: "oneDNN", by the operator that torch.compile uses for linear layers on a CPU; else "torch".
+
+    Not where addresses are limited (`ulimit -v`, as some clusters have it): short of room for its code, oneDNN crashes.
+    """
+    has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    return "oneDNN" if has_it and limits == [resource.RLIM_INFINITY] * 2 else "torch"
 
 
 def multiply_by_onednn(model: nn.Module) -> None:
-    """Has the model's linear layers multiply frozen float32 weights by oneDNN, on a CPU whose torch has it.
+    """Has the model's linear layers multiply frozen float32 weights by oneDNN, on a CPU, where `library` says so.
 
     torch takes MKL for float32; on an AMD EPYC oneDNN has 1.05 to 1.2 times its rate (`python -m bench.products`).
     Results differ in the last bits, as they do between numbers of threads.
     """
-    for module in model.modules():
-        if ONEDNN and type(module) is nn.Linear:
-            module.__class__ = _Linear
+    if library() == "oneDNN":
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = _Linear
 
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

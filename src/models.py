@@ -33,7 +33,7 @@ from src.files import (
     room_for,
 )
 from src.layers import Below, Layer, blocks, depth, peft_indices
-from src.linear import ONEDNN, multiply_by_onednn
+from src.linear import library, multiply_by_onednn
 from src.memory import ran_out
 from src.packaged import packaged_folder
 
@@ -101,8 +101,7 @@ def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
 def _identity(model: PreTrainedModel, tokenizer: Any, key: str, revision: str) -> str:
     """Names the weights and the arithmetic, so that a cached encoding is used for these alone."""
     versions = [version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")]
-    products = "oneDNN" if ONEDNN else "torch"
-    return digest(key, revision, *versions, products, model.device.type, str(len(tokenizer)))
+    return digest(key, revision, *versions, library(), model.device.type, str(len(tokenizer)))
 
 
 # --- where the weights come from ----------------------------------------------------------------------------

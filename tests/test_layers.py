@@ -109,7 +109,7 @@ def beginnings(some: list[Prompt]) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize("make", [llama, gemma, gpt2])
 def test_a_packed_forward_keeps_prompts_apart(make):
     model = make()
-    some = [prompt for prompt in prompts(40) if len(prompt.ids) <= 4]  # Gemma's window
+    some = [prompt for prompt in prompts(160) if len(prompt.ids) <= 4]  # Gemma's window
     some += [Prompt((*prompt.ids[:2], 7, 8), 1, 4) for prompt in some if len(prompt.ids) > 2]
     assert packs(model, some)
     batch = packed(some)
@@ -124,11 +124,11 @@ def test_a_packed_forward_keeps_prompts_apart(make):
 @pytest.mark.parametrize("lengths", [range(1, 7), range(20, 21), range(5, 61), range(150, 201)])
 @pytest.mark.parametrize("common", [0, 12])
 def test_rows_pad_and_repeat_little(lengths, common):
-    """In rows of one size, prompts of many lengths would be padded by two thirds."""
+    """In rows of a fixed size, prompts of many lengths would be padded by two thirds."""
     generator = np.random.default_rng(0)
     words = [generator.integers(99, 9999, generator.choice(lengths)).tolist() for _ in range(100)]
     some = [Prompt((1,) * common + tuple(ids), 0, 1) for ids in words]
-    assert packed(some).input_ids.numel() <= 1.05 * tree_size(some) + len(packed(some).input_ids)
+    assert packed(some).input_ids.numel() <= 1.25 * tree_size(some)
 
 
 def test_a_sliding_window_shorter_than_a_prompt_is_not_packed():

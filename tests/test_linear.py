@@ -1,6 +1,8 @@
 """A model's linear layers multiply by oneDNN where that is right, and by torch's own product elsewhere."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.layers import packs
-from src.linear import ONEDNN, multiply_by_onednn
+from src.linear import library, multiply_by_onednn
 from src.models import adapter
 from src.training import Objective, Schedule, train
+from tests.conftest import ROOT
 from tests.test_training import LORA, OWN, words
 
 
@@ -48,7 +51,14 @@ def states(*shape: int) -> Tensor:
 
 def test_torch_here_has_onednn():
     """Where a new torch has lost the operator, all is slower and nothing else would say so."""
-    assert ONEDNN
+    assert library() == "oneDNN"
+
+
+@pytest.mark.parametrize("kind", ["v", "d"])
+def test_not_where_addresses_are_limited(kind):
+    command = f"ulimit -{kind} 50000000 && exec {sys.executable} -c 'from src.linear import library; print(library())'"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "torch\n"
 
 
 @pytest.mark.parametrize("bias", [True, False])
