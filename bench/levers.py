@@ -54,7 +54,7 @@ def main() -> None:
         "rows of 128 tokens": encode(_ROW=128),
         "rows as long as the batch": encode(_ROW=10**6),
         "nothing shared: a row a word, batches of equal length": encode(packs=lambda *_: False),
-        "torch.compile, block by block": encode(compiled),
+        "torch.compile, block by block, MKL": encode(compiled),
         "weights packed for oneDNN, a second copy": encode(packed),
         "weights and activations in bfloat16": encode(half),
     }

@@ -1,4 +1,4 @@
-"""Time and memory of measures and tests: PYTHONPATH=. python bench/retrieval.py [100000] (words; takes minutes)."""
+"""Time and memory of measures and tests: python -m bench.retrieval [100000] (words; takes minutes)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from src.evidence import specificity_test
-from src.measures import MEASURES, measure
+from src.measures import MEASURES, measure, retrieval_ranks
 
 WIDTH = 576
 
@@ -50,14 +50,17 @@ def main() -> None:
     sizes = [1_000, 10_000, *map(int, sys.argv[1:])]
     measure(*words(100))  # warm up
     print(f"width {WIDTH}, float32, {torch.get_num_threads()} threads, all measures but Procrustes\n")
-    print("| words | seconds | peak memory above the inputs, MiB |\n|---|---|---|")
+    print("| words | seconds | peak memory above the inputs, MiB | ranks alone, s |\n|---|---|---|---|")
     for n in sizes:
         inputs = words(n)
         with PeakMemory() as memory:
             start = time.perf_counter()
             measure(*inputs)
             seconds = time.perf_counter() - start
-        print(f"| {n:,} | {seconds:.2f} | {memory.mib:.0f} |", flush=True)
+        start = time.perf_counter()
+        retrieval_ranks(*inputs)
+        ranks = time.perf_counter() - start
+        print(f"| {n:,} | {seconds:.2f} | {memory.mib:.0f} | {ranks:.2f} |", flush=True)
 
     inputs = words(686)
     for label, names, fitted_on in (

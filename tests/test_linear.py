@@ -103,6 +103,20 @@ def test_autocast_and_other_types_are_torchs():
         assert torch.equal(ours.bfloat16()(half), plain.bfloat16()(half))
 
 
+def test_a_compiler_sees_torchs_product():
+    """torch's own compiler refuses the operator where it hasn't put it itself."""
+    plain, ours = layer()
+    seen: list[str] = []
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        seen.append(graph.code)
+        return graph
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(ours, backend=compiler)(states(7)), plain(states(7)))
+    assert len(seen) == 1 and "linear_pointwise" not in seen[0]
+
+
 def test_only_plain_linear_layers_change():
     class Own(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
