@@ -115,7 +115,8 @@ def test_training_gives_the_same_losses_and_adapter_and_runs_the_blocks_below_on
     assert none == 0
     assert again == pytest.approx(losses, abs=1e-5)
     for mine, other in zip(same, weights, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-3, rtol=0)  # Adam makes whole steps of a gradient's last bits
+        apart = (mine - other).abs()
+        assert apart.max() < 1e-3 and (apart > 1e-4).float().mean() < 0.02  # Adam steps on last bits
     np.testing.assert_allclose(resumed, vectors, atol=1e-4)
     assert np.array_equal(resumed[:3], before[:3])
     assert not np.allclose(resumed[3:], before[3:], atol=1e-2)

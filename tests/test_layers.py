@@ -107,11 +107,14 @@ def beginnings(some: list[Prompt]) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("make", [llama, gemma, gpt2])
-def test_a_packed_forward_keeps_prompts_apart(make):
+def test_a_packed_forward_keeps_prompts_apart(make, monkeypatch):
     model = make()
     some = [prompt for prompt in prompts(160) if len(prompt.ids) <= 4]  # Gemma's window
     some += [Prompt((*prompt.ids[:2], 7, 8), 1, 4) for prompt in some if len(prompt.ids) > 2]
     assert packs(model, some)
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "_ROW", 10**6)
+        assert packed(some).input_ids.numel() == len(beginnings(some))
     batch = packed(some)
     assert len(batch.input_ids) > 1
     together = dict(pooled_states(model, batch, [2, "final"]))

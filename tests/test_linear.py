@@ -30,10 +30,10 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def layer(*, bias: bool = True, frozen: bool = True) -> tuple[nn.Linear, nn.Linear]:
+def layer(*, bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
     """(one that torch multiplies, the same for oneDNN)."""
     torch.manual_seed(0)
-    plain = nn.Linear(24, 40, bias=bias).requires_grad_(not frozen)
+    plain = nn.Linear(24, 40, bias=bias).requires_grad_(False)
     ours = copy.deepcopy(plain)
     multiply_by_onednn(ours)
     return plain, ours
