@@ -69,6 +69,7 @@ def main() -> None:
 
 
 def _as_loaded_by_torch(model: Any) -> Any:
+    """The model before `linear.multiply_by_onednn`."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.__class__ = torch.nn.Linear

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -221,10 +222,7 @@ _AS_MUCH = 2000  # of a row whose attention costs as much again as the products 
 
 def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
     """Places of the prompts of each row: cut so that padding, repeated beginnings and attention cost least together."""
-    order = sorted(range(len(prompts)), key=lambda place: prompts[place].ids)
-    ordered = [prompts[place].ids for place in order]
-    lengths = [len(ids) for ids in ordered]
-    new = [len(ids) - _shared(ids, before) for ids, before in zip(ordered, [(), *ordered], strict=False)]
+    order, lengths, new = _in_order(prompts)
     costs: list[tuple[float, list[int]]] = []
     capacity = max(_ROW, *lengths)
     while not costs or len(costs[-1][1]) > 1:
@@ -232,13 +230,21 @@ def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
         costs.append((len(starts) * longest * (1 + longest / _AS_MUCH), starts))
         capacity += capacity // 8
     _, starts = min(costs)
-    return [order[start:stop] for start, stop in zip(starts, [*starts[1:], len(order)], strict=True)]
+    return _parts(order, starts)
+
+
+def _in_order(prompts: Sequence[Prompt]) -> tuple[list[int], list[int], list[int]]:
+    """(places of the prompts, those that begin alike together; their tokens; those not shared with the one before)."""
+    order = sorted(range(len(prompts)), key=lambda place: prompts[place].ids)
+    ordered = [prompts[place].ids for place in order]
+    new = [len(ids) - _shared(ids, before) for ids, before in zip(ordered, [(), *ordered], strict=False)]
+    return order, [len(ids) for ids in ordered], new
 
 
 def _cut(lengths: Sequence[int], new: Sequence[int], capacity: int) -> tuple[list[int], int]:
-    """(where rows of at most so many tokens begin, the longest one's tokens).
+    """(where trees of at most so many tokens begin, the largest one's tokens).
 
-    A prompt brings a row all its tokens if it is the first, and else those that it doesn't share with the one before.
+    A prompt brings a tree all its tokens if it is the first, and else those that it doesn't share with the one before.
     """
     starts: list[int] = []
     size, longest = capacity, 0
@@ -249,6 +255,10 @@ def _cut(lengths: Sequence[int], new: Sequence[int], capacity: int) -> tuple[lis
             size = length
         longest = max(longest, size)
     return starts, longest
+
+
+def _parts(order: Sequence[int], starts: Sequence[int]) -> list[list[int]]:
+    return [list(order[start:stop]) for start, stop in pairwise([*starts, len(order)])]
 
 
 class Tree:
@@ -282,8 +292,7 @@ class Tree:
 
 def tree_size(prompts: Sequence[Prompt]) -> int:
     """Tokens of the tree of all of the prompts, where what several begin with counts once."""
-    ordered = sorted(prompt.ids for prompt in prompts)
-    return sum(len(ids) - _shared(ids, before) for ids, before in zip(ordered, [(), *ordered], strict=False))
+    return sum(_in_order(prompts)[2])
 
 
 def pooled_states(
@@ -497,17 +506,8 @@ def _no_direction(model: nn.Module, layers: Sequence[Layer], vectors: Float[Tens
 
 def similar_batches(prompts: Sequence[Prompt], budget: int) -> list[list[int]]:
     """Places of prompts, those that begin alike together, whose trees have at most `budget` tokens."""
-    batches: list[list[int]] = []
-    size, before = budget, ()
-    for row in sorted(range(len(prompts)), key=lambda row: prompts[row].ids):
-        ids = prompts[row].ids
-        new = len(ids) - _shared(ids, before)
-        if size + new > budget:
-            batches.append([])
-            size, new = 0, len(ids)
-        batches[-1].append(row)
-        size, before = size + new, ids
-    return batches
+    order, lengths, new = _in_order(prompts)
+    return _parts(order, _cut(lengths, new, budget)[0])
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:

@@ -45,13 +45,10 @@ class _Linear(nn.Linear):
             input.dtype is not torch.float32
             or weight.dtype is not torch.float32
             or weight.device.type != "cpu"
+            or (torch.is_grad_enabled() and any(own.requires_grad for own in self.parameters(recurse=False)))
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()  # the compiler has ways of its own to multiply
         ):
-            return functional.linear(input, weight, bias)
-        if not torch.is_grad_enabled():
-            return product(input, weight, bias)
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
             return functional.linear(input, weight, bias)
         return _Product.apply(input, weight, bias)
 
