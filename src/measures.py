@@ -63,6 +63,11 @@ def measure(
     return {name: found[name] for name in wanted}
 
 
+def scratch(n: int, d: int) -> int:
+    """The most bytes that `measure` of n pairs holds: blocks of similarities, vectors in several forms, a rotation."""
+    return 4 * (3 * min(n * n, BLOCK) + 16 * n * d + 8 * min(n, d) ** 2)
+
+
 def pair_cosines(source: Float[Tensor, "n d"], target: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """The cosine of each pair of unit vectors, in float64: at an attention sink, gains lie in the sixth digit."""
     rows = max(1, SCRATCH // (4 * source.shape[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,9 @@ from src.config import Config, DatasetConfig, config_hash, inputs_digest, params
 from src.errors import NumbersError, UserError
 from src.evidence import SpecificityResult, gather_evidence, judge
 from src.finite import check_weights, likely_cause
-from src.layers import Below, Layer, Progress, Prompt, all_layers, encode, tokenize
+from src.layers import Below, Layer, Progress, Prompt, all_layers, encode, tokenize, width
 from src.machine import git_changes, git_commit, machine, versions
-from src.measures import measure, pair_cosines, retrieval_ranks
+from src.measures import measure, pair_cosines, retrieval_ranks, scratch
 from src.memory import halved
 from src.models import LoadedModel, unpacked
 from src.pairs import Lexicon, Pair, Split, read_pairs, relevant
@@ -37,6 +38,7 @@ LayerRow = tuple[Layer, Stage, SplitName, str, float]
 
 log = logging.getLogger(__name__)
 TEXTS = Path(__file__).parent.parent / "data" / "text"
+MEASURING = 2**30  # bytes that layers measured side by side may take beyond the vectors
 EXAMPLES = 5  # solved translations in the prompt of the word translation probe
 
 
@@ -185,16 +187,35 @@ def measure_after(
 def _measure_layers(
     study: Study, encoding: Encoding, stage: Stage, splits: Sequence[SplitName], progress: Progress, first: int = 0
 ) -> list[LayerRow]:
-    """All measures at the layers from `first` on, for the splits. A rotation is fitted on train, judged on control."""
-    rows: list[LayerRow] = []
+    """All measures at the layers from `first` on, for the splits. A rotation is fitted on train, judged on control.
+
+    Layers are measured side by side, where there is room: most of what a measure does has work for one thread alone.
+    """
     listed = {split: study.relevant(split) for split in splits}
-    for index, layer in progress(list(enumerate(study.layers))[first:], f"Measuring {stage}"):
-        for split in splits:
-            source, target = encoding.at(index, study.rows(split))
-            fitted_on = encoding.at(index, study.rows("train")) if split == "control" else None
+    layers = list(enumerate(study.layers))[first:]
+
+    def measured(index: int, layer: Layer) -> list[LayerRow]:
+        rows: list[LayerRow] = []
+        vectors: dict[SplitName, tuple[Tensor, Tensor]]
+        vectors = {split: encoding.at(index, study.rows(split)) for split in splits}
+        for split, (source, target) in vectors.items():
+            fitted_on = vectors["train"] if split == "control" else None
             found = measure(source, target, listed[split], names=study.config.eval.measures, fitted_on=fitted_on)
             rows.extend((layer, stage, split, name, value) for name, value in found.items())
-    return rows
+        return rows
+
+    threads = torch.get_num_threads()
+    at_once = max(1, min(threads, len(layers), MEASURING // scratch(len(study.pairs), width(study.loaded.model))))
+    pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads // at_once,))
+    rows: list[LayerRow] = []
+    try:
+        by_layer = pool.map(measured, *zip(*layers, strict=True))
+        for _, found in zip(progress(layers, f"Measuring {stage}"), by_layer, strict=True):
+            rows.extend(found)
+        return rows
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # of the threads that are yet to come; this one's never changed
 
 
 def probe_before(study: Study, progress: Progress) -> dict[str, float]:
