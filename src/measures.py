@@ -63,7 +63,7 @@ def measure(
     return {name: found[name] for name in wanted}
 
 
-def scratch(n: int, d: int) -> int:
+def bytes_held(n: int, d: int) -> int:
     """The most bytes that `measure` of n pairs holds: blocks of similarities, vectors in several forms, a rotation."""
     return 4 * (3 * min(n * n, BLOCK) + 16 * n * d + 8 * min(n, d) ** 2)
 

@@ -21,7 +21,7 @@ from src.evidence import SpecificityResult, gather_evidence, judge
 from src.finite import check_weights, likely_cause
 from src.layers import Below, Layer, Progress, Prompt, all_layers, encode, tokenize, width
 from src.machine import git_changes, git_commit, machine, versions
-from src.measures import measure, pair_cosines, retrieval_ranks, scratch
+from src.measures import bytes_held, measure, pair_cosines, retrieval_ranks
 from src.memory import halved
 from src.models import LoadedModel, unpacked
 from src.pairs import Lexicon, Pair, Split, read_pairs, relevant
@@ -205,7 +205,7 @@ def _measure_layers(
         return rows
 
     threads = torch.get_num_threads()
-    at_once = max(1, min(threads, len(layers), MEASURING // scratch(len(study.pairs), width(study.loaded.model))))
+    at_once = max(1, min(threads, len(layers), MEASURING // bytes_held(len(study.pairs), width(study.loaded.model))))
     pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads // at_once,))
     rows: list[LayerRow] = []
     try:

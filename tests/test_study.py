@@ -60,7 +60,7 @@ def test_layers_side_by_side_measure_as_one_after_the_other(encoded, measuring, 
 
 def test_no_more_layers_at_once_than_there_is_room_for(encoded, measuring, monkeypatch):
     it, encoding = encoded
-    monkeypatch.setattr(study, "MEASURING", int(2.5 * measures.scratch(len(it.pairs), 64)))
+    monkeypatch.setattr(study, "MEASURING", int(2.5 * measures.bytes_held(len(it.pairs), 64)))
     study._measure_layers(it, encoding, "before", study.SPLITS, silent)
     assert len(measuring) <= 2
     assert set(measuring.values()) == {2}
@@ -99,4 +99,4 @@ def test_measuring_takes_no_more_memory_than_is_said(monkeypatch, n, d, block):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert 0.3 * measures.scratch(n, d) < peak + source.nbytes + target.nbytes <= measures.scratch(n, d)
+    assert 0.3 * measures.bytes_held(n, d) < peak + source.nbytes + target.nbytes <= measures.bytes_held(n, d)
