@@ -42,6 +42,7 @@ from src.layers import blocks, encode, tokenize, tree_size
 from src.linear import product
 from src.models import LoadedModel, _held, adapter, load_model
 from src.packaged import packaged_folder
+from src.pairs import read_words
 
 ROOT = Path(__file__).parent.parent
 Measured = dict[str, list[float]]
@@ -93,7 +94,7 @@ def setting(*overrides: str) -> Config:
 
 
 def prepared(config: Config) -> study.Study:
-    return study.prepare(config, *study.read_words(config.dataset), load_model(config.model, config.quant))
+    return study.prepare(config, *read_words(config.dataset), load_model(config.model, config.quant))
 
 
 def silent(items: Sequence[Any], _: str) -> Sequence[Any]:
@@ -313,12 +314,11 @@ def _marginal(folder: Path) -> dict[str, float]:
     jobs = sorted((folder / "multirun").rglob("results.json"), key=lambda file: file.stat().st_mtime)
     ends = [file.stat().st_mtime for file in jobs]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in jobs]
-    encode = found[0]["time/encode_s"]  # the others find the untouched model's vectors in the cache
     with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as database:
         closed = dict(database.execute("SELECT run_uuid, end_time / 1000.0 FROM runs"))
     return {
         "a further job": median(after - before for before, after in itertools.pairwise(ends)),
-        "its training and one encoding": median(results["time/train_s"] + encode for results in found[1:]),
+        "its training and one encoding": median(job["time/train_s"] + job["time/encode_s"] for job in found[1:]),
         "MLflow": median(closed[results["mlflow_run_id"]] - end for results, end in zip(found, ends, strict=True)),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from src.layers import Progress, Prompt
 from src.memory import ran_out
 from src.models import LoadedModel
 from src.vectors import Vectors, encode_words, stored
+from src.workers import lent_threads
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def baseline_encoding(loaded: LoadedModel, prompts: Sequence[Prompt], progress: 
 
 def _encode_into(file: Path, loaded: LoadedModel, prompts: Sequence[Prompt], progress: Progress | None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
+    with FileLock(file.with_suffix(".lock")), lent_threads():
         if _whole(file):  # by now
             return
         if file.exists():
@@ -81,23 +83,39 @@ def _not_kept(file: Path, error: OSError) -> None:
 
 
 def baseline_values(kind: str, loaded: LoadedModel, inputs: str, make: Callable[[], Any]) -> Any:
-    """What `make` finds of the untouched model, as JSON holds it: read from the cache or made.
+    """What `make` finds of the untouched model, as JSON holds it: read from the cache or made, as encodings are.
 
-    `kind` is "probes" or "measures", `inputs` names all that they read. A damaged entry is named in the log and made
-    again; where the cache can't be written, the values are not kept.
+    `kind` is "probes" or "measures", `inputs` names all that they read.
     """
     file = cache_dir() / kind / f"{digest(loaded.identity, _CODE[kind], inputs)}.json"
-    if file.exists():
+    kept, _ = _kept_values(file)
+    if kept is not None:
+        return kept
+    with ExitStack() as locked:
+        with suppress(OSError):  # told below
+            file.parent.mkdir(parents=True, exist_ok=True)
+            locked.enter_context(FileLock(file.with_suffix(".lock")))
+            locked.enter_context(lent_threads())
+        kept, damage = _kept_values(file)
+        if kept is not None:
+            return kept
+        if damage:
+            log.warning("%s is damaged (%s): made again", file, damage)
+        values = json.loads(json.dumps(make()))
         try:
-            entry = json.loads(file.read_text(encoding="utf-8"))
-            if entry["sha256"] == digest(json.dumps(entry["values"])):
-                return entry["values"]
-            log.warning("%s is damaged (its digest differs): made again", file)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is damaged (%s): made again", file, error)
-    values = json.loads(json.dumps(make()))
+            write_text(file, json.dumps({"values": values, "sha256": digest(json.dumps(values))}))
+        except OSError as error:
+            _not_kept(file, error)
+        return values
+
+
+def _kept_values(file: Path) -> tuple[Any, str]:
+    """(the values, None where there are none to use; what is wrong with the file)."""
     try:
-        write_text(file, json.dumps({"values": values, "sha256": digest(json.dumps(values))}))
-    except OSError as error:
-        _not_kept(file, error)
-    return values
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        whole = entry["sha256"] == digest(json.dumps(entry["values"]))
+        return (entry["values"], "") if whole else (None, "its digest differs")
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, str(error)

@@ -22,6 +22,18 @@ if TYPE_CHECKING:
     from src.layers import Layer
 
 ROOT = Path(__file__).parent.parent
+MEASURES = (  # that src/measures.py has
+    "pair_cosine",
+    "mismatched_cosine",
+    "margin",
+    "centred_cosine",
+    "nn_p_at_1",
+    "csls_p_at_1",
+    "csls_p_at_5",
+    "mrr",
+    "mexa",
+    "procrustes_p_at_1",
+)
 LONGEST_NAME = 200  # of an MLflow experiment, whose artifacts lie in a folder of that name
 
 
@@ -291,8 +303,6 @@ def _check_language(key: str, name: str | None) -> None:
 
 
 def _check_eval(config: EvalConfig) -> None:
-    from src.measures import MEASURES
-
     if config.template.count("{word}") != 1:
         raise UserError(f"eval.template={config.template!r}: must hold {{word}} once, as in 'The word {{word}}'")
     unknown = sorted(set(config.measures) - set(MEASURES))

@@ -10,21 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from src.config import MEASURES
+
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Bool, Float, Int
-
-MEASURES: tuple[str, ...] = (
-    "pair_cosine",
-    "mismatched_cosine",
-    "margin",
-    "centred_cosine",
-    "nn_p_at_1",
-    "csls_p_at_1",
-    "csls_p_at_5",
-    "mrr",
-    "mexa",
-    "procrustes_p_at_1",
-)
 
 BLOCK = 2**24  # similarities held at once: 64 MiB of float32
 SCRATCH = 2**20  # numbers compared or multiplied at once: what a cache holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -34,6 +35,7 @@ from src.files import (
 )
 from src.layers import Below, Layer, blocks, depth, peft_indices
 from src.linear import library, multiply_by_onednn
+from src.machine import importing
 from src.memory import ran_out
 from src.packaged import packaged_folder
 
@@ -69,7 +71,9 @@ def load_model(model: ModelConfig, quant: QuantConfig) -> LoadedModel:
     key = json.dumps([asdict(model), asdict(quant)])
     if key not in _held:
         _held.clear()  # first, so that a sweep over models never holds two of them
-        _held[key] = _load(model, quant, key)
+        gc.unfreeze()  # or a cycle would keep the one before
+        with importing():  # what transformers needs for this architecture
+            _held[key] = _load(model, quant, key)
     return _held[key]
 
 
@@ -335,8 +339,10 @@ def adapter(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[int], *, 
     Raises UserError where a block lacks one of the target modules.
     """
     import torch
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
+
+    with importing():
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import get_peft_model
 
     expected = _target_names(model, lora, layers)
     modules: dict[str, Any] = dict(model.named_modules())

@@ -7,15 +7,18 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from src import files
 from src.dictionaries import Row, clean, freedict_index, freedict_pairs, read_rows
 from src.errors import UserError
+
+if TYPE_CHECKING:
+    from src.config import DatasetConfig
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Int
@@ -113,6 +116,14 @@ def read_pairs(
         origin=origin,
         digest=files.digest(*(word for pair in pairs for word in (pair.source, pair.target))),
     )
+
+
+def read_words(config: DatasetConfig) -> tuple[Lexicon, Split]:
+    """The cleaned pairs that the config names, and their split. Raises UserError naming the file, line or key."""
+    values = asdict(config)
+    control_size = values.pop("control_size")
+    lexicon = read_pairs(**values)
+    return lexicon, split(lexicon, control_size=control_size, seed=config.seed)
 
 
 def split(lexicon: Lexicon, *, control_size: int, seed: int) -> Split:

@@ -136,7 +136,7 @@ def identity(config: Config, digests: dict[str, str]) -> Identity:
 
     Raises UserError: a bad pair file is refused before the first job.
     """
-    from src.study import read_words
+    from src.pairs import read_words
 
     dataset = repr(config.dataset)
     if dataset not in digests:

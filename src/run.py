@@ -20,7 +20,7 @@ from src import console, interrupts
 from src.config import ROOT, Config, read_config, refuse_odd_options, register
 from src.errors import DiskError, Pruned, UserError
 from src.files import disk_error, write_text
-from src.machine import wait_briefly
+from src.machine import importing, leave_quickly, wait_briefly
 from src.past import past_job
 from src.tracking import public_uri
 
@@ -40,11 +40,13 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
     A search's `judge` hears the control margin after each epoch, and may end the run by saying why, which is Pruned.
     Raises UserError for input that the user can mend, NumbersError where a number isn't finite, OutOfMemoryError.
     """
-    from src import memory, results, study, tracking
-    from src.models import adapter, load_model, save_adapter
+    with importing():
+        from src import memory, results, study, tracking
+        from src.models import adapter, load_model, save_adapter
+        from src.pairs import read_words
 
     clock = _Clock()
-    lexicon, words = study.read_words(config.dataset)
+    lexicon, words = read_words(config.dataset)
     # A store that can't be written is refused before the model loads.
     store = tracking.open_store(config.tracking, ROOT, folder)
     with clock.timing("load"):
@@ -79,7 +81,8 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
                     losses, batch = study.train_adapter(it, model, read, below, console.progress, after_epoch)
                 found |= batch
                 save_adapter(model, folder / "adapter")
-                after = study.encode_after(it, model, before, below, console.progress)
+                with clock.timing("encode"):
+                    after = study.encode_after(it, model, before, below, console.progress)
                 found |= study.probe(it, model, "after", console.progress)
             with clock.timing("measure"):
                 layers += study.measure_after(it, layers, after, blocks, console.progress)
@@ -204,6 +207,7 @@ def main() -> int:
     from src import sweep
 
     wait_briefly()  # before torch is imported
+    leave_quickly()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors to us instead of printing its own account of them
     if "--debug" in sys.argv:
         os.environ["TLI_DEBUG"] = "1"  # workers have it from there

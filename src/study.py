@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from src.baseline import baseline_encoding, baseline_values, encoding_key
 from src.below import run_below
-from src.config import Config, DatasetConfig, config_hash, inputs_digest, params, resolve_layers, run_name
+from src.config import Config, config_hash, inputs_digest, params, resolve_layers, run_name
 from src.errors import NumbersError, UserError
 from src.evidence import SpecificityResult, gather_evidence, judge
 from src.finite import check_weights, likely_cause
@@ -24,8 +24,7 @@ from src.machine import git_changes, git_commit, machine, versions
 from src.measures import bytes_held, measure, pair_cosines, retrieval_ranks
 from src.memory import halved
 from src.models import LoadedModel, unpacked
-from src.pairs import Lexicon, Pair, Split, read_pairs, relevant
-from src.pairs import split as split_pairs
+from src.pairs import Lexicon, Pair, Split, relevant
 from src.probes import perplexity, translation_accuracy
 from src.tracking import public_uri
 from src.training import Objective, Schedule, train
@@ -86,14 +85,6 @@ class Encoding:
         start, stop, _ = rows.indices(n)
         source, target = (self.vectors.at(layer_index, slice(start + at, stop + at)) for at in (0, n))
         return source, target
-
-
-def read_words(config: DatasetConfig) -> tuple[Lexicon, Split]:
-    """The cleaned pairs and their split. Raises UserError naming the file, line or key."""
-    values = asdict(config)
-    control_size = values.pop("control_size")
-    lexicon = read_pairs(**values)
-    return lexicon, split_pairs(lexicon, control_size=control_size, seed=config.seed)
 
 
 def prepare(config: Config, lexicon: Lexicon, words: Split, loaded: LoadedModel) -> Study:

@@ -88,6 +88,8 @@ def begin(config: DictConfig) -> None:
     """Plans the sweep and opens it, or ends the program where there is nothing to run. Raises UserError."""
     global _current, failures, place
     _current, failures, place = None, 0, Path(config.hydra.sweep.dir)
+    from omegaconf import read_write
+
     workers.prepare(config)
     search = _search(config)
     planned = search.plan if search else plan(config)
@@ -97,6 +99,9 @@ def begin(config: DictConfig) -> None:
     store = tracking.open_store(planned.first.tracking, ROOT)
     if search:
         search.open()
+    else:
+        with read_write(config):
+            config.hydra.sweeper._target_ = "hydra_plugins.tli_grid.GridSweeper"
     for job in planned.jobs:
         if job["status"] == "done":
             tracking.complete(store, Path(job["folder"]))

@@ -31,7 +31,7 @@ from src.config import TrackingConfig
 from src.errors import Pruned, UserError
 from src.files import digest, remove_leftovers, written_atomically
 from src.interrupts import under_way, undivided
-from src.machine import environment
+from src.machine import environment, importing
 from src.results import PRUNED, outcome_file, read_table
 from src.view import GREY, colour, sweep_view
 
@@ -506,7 +506,8 @@ def _settle() -> None:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry would be a line of its own
-    import mlflow  # noqa: F401  it sets up its loggers, so the next line must follow
+    with importing():
+        import mlflow  # noqa: F401  it sets up its loggers, so the next line must follow
 
     logging.getLogger("alembic").setLevel(logging.ERROR)
 

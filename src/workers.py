@@ -25,6 +25,7 @@ from src.config import ROOT
 from src.errors import UserError
 from src.files import write_text
 from src.interrupts import arrived, ignore_signals, on_signals, raise_surely
+from src.machine import leave_quickly
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,6 +41,7 @@ _RAY = {
 _OWN_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 PATIENCE = 10  # seconds that a worker may take to close its run
 OWNER = "TLI_SWEEP_PROCESS"  # in the environment of workers that end with it: the number of the sweep's process
+WORKERS = "TLI_SWEEP_WORKERS"  # in their environment, too: how many there are
 AT_WORK = ".worker"  # in a job's folder while a process is at it: that process's number
 
 
@@ -58,11 +60,12 @@ def prepare(config: DictConfig) -> None:
         if extra == "ray":  # pip alone would put an older cloudpickle under the others
             how = "make ray, then .venv-ray/bin/python -m src.run …"
         raise UserError(f"hydra/launcher={name} needs the extra {extra}, which isn't installed: {how}")
-    if target.endswith((".JoblibLauncher", ".LocalLauncher")):
-        os.environ[OWNER] = str(os.getpid())
     if target.endswith(".LocalLauncher") and config.hydra.sweeper.get("max_batch_size", 0) is None:
         with read_write(config), open_dict(config):  # submitit would start all of the sweep's jobs at once
             config.hydra.sweeper.max_batch_size = _cores()
+    if target.endswith((".JoblibLauncher", ".LocalLauncher")):
+        asked = config.hydra.launcher.get("n_jobs") or config.hydra.sweeper.get("max_batch_size") or 1
+        os.environ |= {OWNER: str(os.getpid()), WORKERS: str(asked if asked > 0 else _cores())}
 
 
 def start(config: DictConfig) -> None:
@@ -102,6 +105,19 @@ def _cores() -> int:
 
 
 @contextmanager
+def lent_threads() -> Iterator[None]:
+    """Around what this machine's other workers wait for: torch has their threads, too, but no more than the cores."""
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(max(own, min(own * int(os.environ.get(WORKERS, "1")), _cores())))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
+@contextmanager
 def at_work(folder: Path) -> Iterator[None]:
     """Around a job in a worker: notes in the job's folder which process is at it.
 
@@ -113,6 +129,7 @@ def at_work(folder: Path) -> Iterator[None]:
         pool.__dict__["_MAX_MEMORY_LEAK_SIZE"] = math.inf  # else a worker that grows by 300 MB is replaced
     write_text(folder / AT_WORK, str(os.getpid()))
     _watch_sweep()
+    leave_quickly()
     try:
         yield
     except SystemExit:

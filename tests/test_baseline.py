@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from src import baseline, vectors
+from src import baseline, vectors, workers
 from src.baseline import baseline_encoding, baseline_values
 from src.layers import encode, tokenize
 from src.models import LoadedModel
@@ -87,7 +88,7 @@ def test_any_flipped_bit_and_any_cut_is_noticed_and_made_again(
         return baseline_values("measures", tiny, "a", lambda: made.append(1) or values)
 
     assert ask() == values
-    (file,) = (own_cache / "measures").iterdir()
+    (file,) = (own_cache / "measures").glob("*.json")
     content = file.read_bytes()
     for harm in (flip, cut) * 100:
         file.write_bytes(content)
@@ -112,6 +113,33 @@ def test_processes_that_ask_at_once_do_the_work_once(
     assert len(made) == 1
     assert all(torch.equal(other, found[0]) for other in found)
     assert {file.suffix for file in (own_cache / "encodings").iterdir()} == {".f32", ".sha256", ".lock"}
+
+    def measured(_: int) -> object:
+        return baseline_values("measures", tiny, "a", lambda: time.sleep(0.1) or made.append(1) or [1])
+
+    made.clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(measured, range(4))) == [[1]] * 4
+    assert made == [1]
+
+
+def test_what_others_wait_for_has_their_threads(
+    tiny: LoadedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_cores", lambda: 8)
+    threads = torch.get_num_threads()
+    try:
+        for own, others, all_of_them in ((1, "2", 2), (3, "2", 6), (3, "4", 8), (9, "2", 9), (2, None, 2)):
+            monkeypatch.setenv(workers.WORKERS, others) if others else monkeypatch.delenv(workers.WORKERS, False)
+            torch.set_num_threads(own)
+            inputs = f"{own} {others}"
+            assert baseline_values("measures", tiny, inputs, torch.get_num_threads) == all_of_them
+            assert torch.get_num_threads() == own
+            if others == "2":  # a cache that can't be written keeps nobody waiting
+                (own_cache / "probes").write_text("in the folder's place")
+                assert baseline_values("probes", tiny, inputs, torch.get_num_threads) == own
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_full_disk_costs_the_cache_and_not_the_run(

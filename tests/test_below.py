@@ -14,6 +14,7 @@ from src import below, study
 from src.below import run_below
 from src.layers import Prompt, blocks, encode, packed, pooled_states
 from src.models import adapter
+from src.pairs import read_words
 from src.results import read_table
 from src.training import Objective, Schedule, train
 from src.vectors import encode_words
@@ -200,7 +201,7 @@ def test_bfloat16_training_runs_the_blocks_below_as_it_did(tiny, monkeypatch):
     config = setting("model=tiny", "lora.layers=[3]", "dataset.limit=40", "dataset.control_size=10")
     for precision in ("float32", "bfloat16"):
         own = replace(config, train=replace(config.train, precision=precision))
-        lexicon, split = study.read_words(config.dataset)
+        lexicon, split = read_words(config.dataset)
         it = study.prepare(own, lexicon, split, tiny)
         known = study.run_below_adapter(it, [3])
         with adapter(tiny.model, config.lora, [3], seed=0) as model:

@@ -1,0 +1,12 @@
+"""The sweeper of a grid, in which src/plan.py puts Hydra's own: Hydra takes one from this folder alone."""
+
+from __future__ import annotations
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+
+class GridSweeper(BasicSweeper):
+    """Hydra's basic sweeper, but for its check that all jobs can be composed: the plan has made it."""
+
+    def validate_batch_is_legal(self, batch: object) -> None:
+        pass
