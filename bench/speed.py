@@ -26,7 +26,7 @@ from statistics import mean, median
 from typing import Any
 from unittest.mock import patch
 
-from src.machine import wait_briefly
+from src.process import wait_briefly
 
 wait_briefly()
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -284,7 +284,7 @@ def _swept(repeats: int, swept: Sequence[str], adapted: Sequence[int], ours: dic
     """
     script = [sys.executable, "-m", "bench.script", str(packaged_folder(str(setting().model.id))), *map(str, adapted)]
     seconds: Measured = {"(a) twelve runs (one timed, × 12)": []} | {name: [] for name in ours}
-    parts: Measured = {"a further job": [], "its training and one encoding": [], "MLflow": []}
+    parts: Measured = {"a further job": [], "its training and its encoding": [], "MLflow": []}
     for _ in range(repeats):
         began = time.perf_counter()
         subprocess.run(script, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -299,7 +299,7 @@ def _swept(repeats: int, swept: Sequence[str], adapted: Sequence[int], ours: dic
                         parts[part].append(value)
     table(seconds, "TLI Lab, 12 jobs")
     print("\nWithin the sweep of one process, medians of its jobs but the first:\n")
-    table(parts, "its training and one encoding")
+    table(parts, "its training and its encoding")
 
 
 def _sweep(folder: Path, arguments: Sequence[str]) -> None:
@@ -318,7 +318,7 @@ def _marginal(folder: Path) -> dict[str, float]:
         closed = dict(database.execute("SELECT run_uuid, end_time / 1000.0 FROM runs"))
     return {
         "a further job": median(after - before for before, after in itertools.pairwise(ends)),
-        "its training and one encoding": median(job["time/train_s"] + job["time/encode_s"] for job in found[1:]),
+        "its training and its encoding": median(job["time/train_s"] + job["time/encode_s"] for job in found[1:]),
         "MLflow": median(closed[results["mlflow_run_id"]] - end for results, end in zip(found, ends, strict=True)),
     }
 

@@ -35,9 +35,9 @@ from src.files import (
 )
 from src.layers import Below, Layer, blocks, depth, peft_indices
 from src.linear import library, multiply_by_onednn
-from src.machine import importing
 from src.memory import ran_out
 from src.packaged import packaged_folder
+from src.process import importing
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,7 +15,7 @@ from src import console
 from src.config import ROOT
 from src.errors import UserError
 from src.files import cache_dir
-from src.machine import environment
+from src.process import environment
 from src.results import RESULTS, DamageError, read_results, read_table, repetition
 
 _KEYS = {  # of a table: the columns that say what its numbers are of

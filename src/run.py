@@ -20,8 +20,8 @@ from src import console, interrupts
 from src.config import ROOT, Config, read_config, refuse_odd_options, register
 from src.errors import DiskError, Pruned, UserError
 from src.files import disk_error, write_text
-from src.machine import importing, leave_quickly, wait_briefly
 from src.past import past_job
+from src.process import importing, leave_quickly, wait_briefly
 from src.tracking import public_uri
 
 if TYPE_CHECKING:

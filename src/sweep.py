@@ -23,8 +23,8 @@ from hydra.experimental.callback import Callback
 from src import console, summary, tracking, workers
 from src.config import ROOT, read_config, run_name
 from src.errors import DiskError, UserError
-from src.machine import environment
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
+from src.process import environment
 from src.results import FAILED, SETTLED, SWEEP, DamageError, outcome, read_document, write_sealed
 
 if TYPE_CHECKING:

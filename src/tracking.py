@@ -31,7 +31,7 @@ from src.config import TrackingConfig
 from src.errors import Pruned, UserError
 from src.files import digest, remove_leftovers, written_atomically
 from src.interrupts import under_way, undivided
-from src.machine import environment, importing
+from src.process import environment, importing
 from src.results import PRUNED, outcome_file, read_table
 from src.view import GREY, colour, sweep_view
 

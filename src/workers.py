@@ -25,7 +25,7 @@ from src.config import ROOT
 from src.errors import UserError
 from src.files import write_text
 from src.interrupts import arrived, ignore_signals, on_signals, raise_surely
-from src.machine import leave_quickly
+from src.process import leave_quickly
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -1,7 +1,9 @@
 """The benchmarks' own premises: that they run, and that the script they measure against does the same training."""
 
+import logging
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,12 @@ from bench.speed import LAYER_2, LAYER_16, prepared, setting, silent
 from src import study
 from src.models import adapter
 from src.packaged import packaged_folder
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    yield
+    logging.disable(logging.NOTSET)  # the benchmarks silence warnings
 
 
 @pytest.mark.parametrize("task", [LAYER_2, replace(LAYER_16, read=-1)])  # at layer 16 all cosines are alike

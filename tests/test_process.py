@@ -1,4 +1,4 @@
-"""What a process does about its threads, its imports and its end."""
+"""What a process does about its imports and its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from src.machine import importing
+from src.process import importing
 
 
 def test_the_collector_rests_while_libraries_are_imported_and_keeps_what_they_made(
@@ -34,7 +34,7 @@ def test_the_collector_rests_while_libraries_are_imported_and_keeps_what_they_ma
 def test_a_process_ends_without_a_last_collection() -> None:
     code = """
 import gc
-from src.machine import leave_quickly
+from src.process import leave_quickly
 leave_quickly()
 class Seen:
     def __del__(self): print("collected")
