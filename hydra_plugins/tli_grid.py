@@ -1,4 +1,4 @@
-"""The sweeper of a grid, in which src/plan.py puts Hydra's own: Hydra takes one from this folder alone."""
+"""The sweeper of a grid, put by src/sweep.py in the place of Hydra's own: Hydra takes one from this folder alone."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,16 @@ def baseline_encoding(loaded: LoadedModel, prompts: Sequence[Prompt], progress: 
         return encode_words(loaded.model, prompts, progress=progress)
 
 
-def _encode_into(file: Path, loaded: LoadedModel, prompts: Sequence[Prompt], progress: Progress | None) -> None:
+@contextmanager
+def _alone_at(file: Path) -> Iterator[None]:
+    """Around the making of an entry: others that ask for it wait, and lend their threads. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")), lent_threads():
+        yield
+
+
+def _encode_into(file: Path, loaded: LoadedModel, prompts: Sequence[Prompt], progress: Progress | None) -> None:
+    with _alone_at(file):
         if _whole(file):  # by now
             return
         if file.exists():
@@ -93,9 +100,7 @@ def baseline_values(kind: str, loaded: LoadedModel, inputs: str, make: Callable[
         return kept
     with ExitStack() as locked:
         with suppress(OSError):  # told below
-            file.parent.mkdir(parents=True, exist_ok=True)
-            locked.enter_context(FileLock(file.with_suffix(".lock")))
-            locked.enter_context(lent_threads())
+            locked.enter_context(_alone_at(file))
         kept, damage = _kept_values(file)
         if kept is not None:
             return kept

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # as src.tracking does, where a test imports mlflow first
 
-import hypothesis  # noqa: F401 (it looks for who refers to trio's random numbers, and finds nobody that gc.freeze hides)
+import hypothesis  # noqa: F401 (first: it asks who refers to trio's random numbers, which gc.freeze would hide)
 import tests.typechecker  # noqa: F401 (the hook finds it by name)
 from jaxtyping import install_import_hook
 

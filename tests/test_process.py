@@ -43,6 +43,6 @@ seen.cycle = seen
 {}
 del seen
 """
-    for again, printed in (("", ""), ("gc.collect = None; import atexit; atexit.unregister(gc.freeze)", "collected\n")):
-        ran = subprocess.run([sys.executable, "-c", code.format(again)], capture_output=True, text=True, check=True)
+    for undone, printed in (("", ""), ("import atexit; atexit.unregister(gc.freeze)", "collected\n")):
+        ran = subprocess.run([sys.executable, "-c", code.format(undone)], capture_output=True, text=True, check=True)
         assert ran.stdout == printed
