@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from src import console, layers, measures, probes, vectors
+from src import console
 from src.errors import DiskError
 from src.files import cache_dir, digest, file_digest, remove_leftovers, room_for, write_text, written_atomically
 from src.layers import Progress, Prompt
@@ -23,8 +23,14 @@ from src.workers import lent_threads
 log = logging.getLogger(__name__)
 
 # A change of the code that measures makes a new key, as a change of the model does.
-_MODULES = {"encodings": (layers, vectors), "measures": (measures,), "probes": (probes,)}
-_CODE = {kind: digest(*(file_digest(Path(str(module.__file__))) for module in some)) for kind, some in _MODULES.items()}
+_FILES = {
+    "encodings": ("layers", "linear", "models", "vectors"),
+    "measures": ("measures", "pairs", "study"),
+    "probes": ("probes", "pairs", "study"),
+}
+_CODE = {
+    kind: digest(*(file_digest(Path(__file__).with_name(f"{n}.py")) for n in some)) for kind, some in _FILES.items()
+}
 _warned: set[Path] = set()  # caches of which this process has said that they can't be written
 
 

@@ -452,9 +452,14 @@ def config_hash(config: Config) -> str:
 def inputs_digest(config: Config) -> str:
     """Names what the files hold that a setting points to: texts, a local model; the pairs have their own digest."""
     texts = [f"{language} {file_digest(Path(path))}" for language, path in sorted(config.eval.text.items())]
-    model = Path(config.model.id or "")
-    local = config.model.source == "hub" and model.is_dir()
-    return digest(*texts, folder_state(model) if local else "")[:16]
+    model = own_folder(config.model)
+    return digest(*texts, folder_state(model) if model else "")[:16]
+
+
+def own_folder(model: ModelConfig) -> Path | None:
+    """The user's own folder that a model is loaded from; None where it comes from elsewhere."""
+    folder = Path(model.id or "")
+    return folder if model.source == "hub" and model.id and folder.is_dir() else None
 
 
 def run_name(config: Config) -> str:

@@ -17,11 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from src.config import LoraConfig, ModelConfig, QuantConfig
+from src.config import LoraConfig, ModelConfig, QuantConfig, own_folder
 from src.errors import UserError
 from src.files import (
     cache_dir,
@@ -68,19 +69,24 @@ def load_model(model: ModelConfig, quant: QuantConfig) -> LoadedModel:
 
     Raises UserError naming the key for an absent model or package, an absent GPU, weights that aren't safetensors.
     """
-    key = json.dumps([asdict(model), asdict(quant)])
+    folder = own_folder(model)
+    key = json.dumps([asdict(model), asdict(quant), folder_state(folder) if folder else None])
     if key not in _held:
         _held.clear()  # first, so that a sweep over models never holds two of them
-        gc.unfreeze()  # or a cycle would keep the one before
+        if _alive:  # a cycle keeps the one before; perhaps one that was taken as there to stay
+            gc.unfreeze()
+            gc.collect()
         with importing():  # what transformers needs for this architecture
-            _held[key] = _load(model, quant, key)
+            _held[key] = _load(model, quant)
+        _alive.add(_held[key].model)
     return _held[key]
 
 
 _held: dict[str, LoadedModel] = {}  # the model in use, by what was asked for
+_alive: WeakSet[PreTrainedModel] = WeakSet()  # all that are still in memory
 
 
-def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
+def _load(config: ModelConfig, quant: QuantConfig) -> LoadedModel:
     import torch
     from huggingface_hub import constants
     from transformers.utils.logging import disable_progress_bar
@@ -97,9 +103,9 @@ def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
     _keep_4bit_weights(model)
     if config.n_layers is not None and depth(model) != config.n_layers:
         raise UserError(f"model.n_layers={config.n_layers}, but {config.name} has {depth(model)} blocks: mend the key")
-    own = config.source == "hub" and Path(str(config.id)).is_dir()
-    contents = folder_contents(folder) if own else None
-    return LoadedModel(model, tokenizer, _identity(model, tokenizer, key, revision), revision, contents)
+    contents = folder_contents(folder) if own_folder(config) else None
+    identity = _identity(model, tokenizer, json.dumps([asdict(config), asdict(quant)]), revision)
+    return LoadedModel(model, tokenizer, identity, revision, contents)
 
 
 def _identity(model: PreTrainedModel, tokenizer: Any, key: str, revision: str) -> str:
@@ -132,10 +138,10 @@ def _locate(config: ModelConfig) -> tuple[Path, str]:
     if config.source == "packaged":
         folder = packaged_folder(config.id)
         return folder, (folder / "source.sha256").read_text()
-    if Path(config.id).is_dir():
-        if not (Path(config.id) / "config.json").is_file():
+    if folder := own_folder(config):
+        if not (folder / "config.json").is_file():
             raise UserError(f"model.id={config.id}: this folder holds no model (no config.json)")
-        return Path(config.id), folder_state(Path(config.id))
+        return folder, folder_state(folder)
     if Path(config.id).is_absolute() or config.id.startswith((".", "~")):
         raise UserError(f"model.id={config.id}: there is no such folder")
     return _from_hub(config)
@@ -339,10 +345,8 @@ def adapter(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[int], *, 
     Raises UserError where a block lacks one of the target modules.
     """
     import torch
-
-    with importing():
-        from peft import LoraConfig as PeftLoraConfig
-        from peft import get_peft_model
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
 
     expected = _target_names(model, lora, layers)
     modules: dict[str, Any] = dict(model.named_modules())

@@ -38,8 +38,9 @@ def plan(config: DictConfig) -> Plan:
     folder = Path(config.hydra.sweep.dir).absolute()  # first, as it holds the time: Hydra hands it to all jobs
     given, swept, overrides = list_jobs(config)
     composed = [compose(config, number, job) for number, job in enumerate(overrides)]
-    labels = [" ".join(one for one in job if one.split("=")[0] in swept) for job in overrides]
+    labels = [" ".join(one for one in job if _key(one) in swept) for job in overrides]
     configs = checked([outcome for outcome, _ in composed], labels)
+    refuse_shared_folder([own for _, own in composed])
     finished = {} if configs[0].sweep.force else done_jobs(sweep_root(folder))
     digests: dict[str, str] = {}
     identities = [identity(job, digests) for job in configs]
@@ -65,7 +66,11 @@ def given_overrides(config: DictConfig) -> tuple[list[str], list[Override]]:
     if not given:
         raise UserError("the sweep is empty: give a key several values, as lora.rank=4,16, or leave out -m")
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    return given, parser.parse_overrides(given)
+    parsed = parser.parse_overrides(given)
+    for one in parsed:  # Hydra draws once more when it makes the jobs, and they would get each other's names
+        if one.is_sweep_override() and getattr(one.value(), "shuffle", False):
+            raise UserError(f"{one.input_line}: can't be shuffled; list the values in the order that you want")
+    return given, parsed
 
 
 def list_jobs(config: DictConfig) -> tuple[list[str], dict[str, list[str]], list[list[str]]]:
@@ -81,7 +86,7 @@ def list_jobs(config: DictConfig) -> tuple[list[str], dict[str, list[str]], list
     given, parsed = given_overrides(config)
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
     last: dict[str, Override] = {override.get_key_element(): override for override in parsed}
-    swept = {key: list(one.sweep_string_iterator()) for key, one in last.items() if one.is_sweep_override()}
+    swept = {_key(key): list(one.sweep_string_iterator()) for key, one in last.items() if one.is_sweep_override()}
     if not jobs:
         empty = next(key for key, values in swept.items() if not values)
         raise UserError(f"the sweep is empty: {empty} has no values")
@@ -101,6 +106,13 @@ def compose(config: DictConfig, number: int, overrides: Sequence[str]) -> tuple[
         return read_config(without_hydra(composed)), folder
     except UserError as error:
         return error, folder
+
+
+def refuse_shared_folder(folders: Sequence[Path]) -> None:
+    """Raises UserError where two jobs would write to one folder."""
+    if shared := next((folder for number, folder in enumerate(folders) if folder in folders[:number]), None):
+        hint = "leave the key out, or use ${hydra.job.num}"
+        raise UserError(f"hydra.sweep.subdir: more than one job would write to {shared}; {hint}")
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
@@ -170,12 +182,18 @@ def entry(
 def job_name(config: Config, overrides: Sequence[str], swept: Mapping[str, Any]) -> str:
     """The run's short name and, where a sweep's jobs would be called the same without, the other swept values."""
     name = run_name(config)
-    for key, value in (override.lstrip("+~").split("=", 1) for override in overrides):
+    for override in overrides:
+        key, value = _key(override), override.partition("=")[2]
         if key in swept and key not in _NAMED and value not in name.split():
             ambiguous = sum(other.rpartition(".")[2] == key.rpartition(".")[2] for other in swept) > 1
             label = key if ambiguous else key.rpartition(".")[2]
             name += f" {label}={value}" if "." in key else f" {value}"
     return name
+
+
+def _key(override: str) -> str:
+    """What an override sets, be it there already or not (`+key=value`)."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 # --- what is done already -----------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def importing() -> Iterator[None]:
         yield
     finally:
         if len(sys.modules) > known:
+            gc.collect()  # else an import's caught exceptions would stay, and through their frames the job around it
             gc.freeze()
         gc.enable()
 

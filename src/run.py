@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from src import console, interrupts
-from src.config import ROOT, Config, read_config, refuse_odd_options, register
+from src.config import ROOT, Config, config_hash, read_config, refuse_odd_options, register
 from src.errors import DiskError, Pruned, UserError
 from src.files import disk_error, write_text
 from src.past import past_job
@@ -44,6 +44,9 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
         from src import memory, results, study, tracking
         from src.models import adapter, load_model, save_adapter
         from src.pairs import read_words
+
+        if config.train.epochs:
+            import peft  # noqa: F401 (for `adapter`)
 
     clock = _Clock()
     lexicon, words = read_words(config.dataset)
@@ -126,8 +129,8 @@ def job(composed: DictConfig) -> None:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     _without_credentials(*(folder / ".hydra").glob("*.yaml"), Path(settings.sweep.dir) / "multirun.yaml")
+    os.chdir(settings.runtime.cwd)  # where paths of settings begin: not Hydra's folder, nor where a cluster starts
     if settings.mode == RunMode.MULTIRUN:
-        os.chdir(settings.runtime.cwd)  # a cluster may have started its worker elsewhere
         _job_of_sweep(composed, folder, Path(settings.sweep.dir), settings.job.num)
     elif error := _attempt(composed, folder):
         _errors.append((folder, error))
@@ -174,6 +177,8 @@ def _attempt(composed: DictConfig, folder: Path, planned: Mapping[str, Any] | No
     logging.captureWarnings(True)  # the libraries' warnings go to run.log
     try:
         config, judge = read_config(composed), None
+        if planned and planned["config_hash"] not in (None, config_hash(config)):
+            raise UserError("a file of conf/ has changed since the sweep began: give the command once more")
         if planned and planned["search"].get("pruning"):
             from src import search
 

@@ -19,7 +19,18 @@ from src import console, tracking
 from src.config import ROOT, Config, config_hash
 from src.errors import UserError
 from src.files import digest, written_atomically
-from src.plan import Plan, checked, compose, done_jobs, entry, given_overrides, identity, sweep_root, whole_job
+from src.plan import (
+    Plan,
+    checked,
+    compose,
+    done_jobs,
+    entry,
+    given_overrides,
+    identity,
+    refuse_shared_folder,
+    sweep_root,
+    whole_job,
+)
 from src.results import (
     SETTLED,
     SWEEP,
@@ -62,7 +73,9 @@ class Search:
         self.study = self._study_name(first)
         self._file = _database(first, folder)
         self._lock = FileLock(self._file.with_name(f"optuna-{self.study}.lock"))
-        self.plan = Plan(folder, given, {key: [one.get_value_string()] for key, one in searched.items()}, first, [])
+        self.plan = Plan(
+            folder, given, {key.lstrip("+"): [one.get_value_string()] for key, one in searched.items()}, first, []
+        )
         self._refuse_stranger()
         self._done = {} if first.sweep.force else done_jobs(sweep_root(folder))
         self.told = self.repeats = 0
@@ -77,6 +90,7 @@ class Search:
         assigned = [as_overrides(setting) for setting in settings]
         composed = [compose(self._config, 0, [*self._fixed, *overrides])[0] for overrides in assigned]
         configs = checked(composed, [" ".join(overrides) for overrides in assigned])
+        refuse_shared_folder([compose(self._config, number, [*self._fixed, *assigned[0]])[1] for number in range(2)])
         for config in configs:
             identity(config, self._digests)
             refuse_metric(self.settings.metric, config)

@@ -19,11 +19,12 @@ from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from src import console
 from src.config import ROOT
 from src.errors import UserError
-from src.files import write_text
+from src.files import cache_dir, write_text
 from src.interrupts import arrived, ignore_signals, on_signals, raise_surely
 from src.process import leave_quickly
 
@@ -48,10 +49,11 @@ AT_WORK = ".worker"  # in a job's folder while a process is at it: that process'
 def prepare(config: DictConfig) -> None:
     """Makes sure that the chosen launcher can start the sweep's jobs, and not more at once than there are cores.
 
-    Raises UserError where its plug-in isn't installed.
+    Raises UserError where its plug-in isn't installed, or the number of jobs at once is none.
     """
     from omegaconf import open_dict, read_write
 
+    _refuse_odd_counts(config)
     target = config.hydra.launcher._target_
     plugin = re.match(r"hydra_plugins\.(hydra_(\w+)_launcher)\.", target)
     if plugin and not _installed(f"hydra_plugins.{plugin[1]}"):
@@ -66,6 +68,15 @@ def prepare(config: DictConfig) -> None:
     if target.endswith((".JoblibLauncher", ".LocalLauncher")):
         asked = config.hydra.launcher.get("n_jobs") or config.hydra.sweeper.get("max_batch_size") or 1
         os.environ |= {OWNER: str(os.getpid()), WORKERS: str(asked if asked > 0 else _cores())}
+
+
+def _refuse_odd_counts(config: DictConfig) -> None:
+    """Raises UserError where how many jobs run at once is no number of jobs: launchers would find out one by one."""
+    n_jobs, most = config.hydra.launcher.get("n_jobs"), config.hydra.sweeper.get("max_batch_size")
+    if n_jobs is not None and (type(n_jobs) is not int or n_jobs == 0):
+        raise UserError(f"hydra.launcher.n_jobs={n_jobs}: give a whole number, or -1 for one job a core")
+    if most is not None and (type(most) is not int or most < 1):
+        raise UserError(f"hydra.sweeper.max_batch_size={most}: give a whole number, or null for all jobs at once")
 
 
 def start(config: DictConfig) -> None:
@@ -106,15 +117,23 @@ def _cores() -> int:
 
 @contextmanager
 def lent_threads() -> Iterator[None]:
-    """Around what this machine's other workers wait for: torch has their threads, too, but no more than the cores."""
+    """Around what this machine's other workers wait for: torch has their threads, too, but no more than the cores.
+
+    Where they are at something else, one at a time has them all: else each would crowd the others out.
+    """
     import torch
 
-    own = torch.get_num_threads()
-    torch.set_num_threads(max(own, min(own * int(os.environ.get(WORKERS, "1")), _cores())))
+    own, workers = torch.get_num_threads(), int(os.environ.get(WORKERS, "1"))
+    lent = FileLock(cache_dir() / ".threads.lock")
+    with suppress(Timeout, OSError):
+        if workers > 1:
+            lent.acquire(timeout=0)
     try:
+        torch.set_num_threads(max(own, min(own * workers, _cores())) if lent.is_locked else own)
         yield
     finally:
         torch.set_num_threads(own)
+        lent.release()
 
 
 @contextmanager

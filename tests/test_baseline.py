@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 
 from src import baseline, vectors, workers
 from src.baseline import baseline_encoding, baseline_values
@@ -135,6 +136,8 @@ def test_what_others_wait_for_has_their_threads(
             inputs = f"{own} {others}"
             assert baseline_values("measures", tiny, inputs, torch.get_num_threads) == all_of_them
             assert torch.get_num_threads() == own
+            with FileLock(own_cache / ".threads.lock"):  # others wait for another
+                assert baseline_values("measures", tiny, f"{inputs} again", torch.get_num_threads) == own
             if others == "2":  # a cache that can't be written keeps nobody waiting
                 (own_cache / "probes").write_text("in the folder's place")
                 assert baseline_values("probes", tiny, inputs, torch.get_num_threads) == own

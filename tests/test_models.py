@@ -83,6 +83,21 @@ def test_missing_target_modules_are_named(tiny):
         pass
 
 
+def test_a_folder_that_has_changed_is_loaded_anew(tiny, tmp_path):
+    changed = copy.deepcopy(tiny.model)
+    changed.get_input_embeddings().weight.data.mul_(2)
+    ours = model_config(source="hub", id=str(tmp_path))
+    tiny.tokenizer.save_pretrained(tmp_path)
+    found = []
+    for model in (tiny.model, changed):
+        model.save_pretrained(tmp_path)
+        found.append(load_model(ours, NONE))
+        assert load_model(ours, NONE) is found[-1]
+    first, second = (loaded.model.get_input_embeddings().weight for loaded in found)
+    assert torch.equal(2 * first, second)
+    assert len({loaded.identity for loaded in found}) == len({loaded.contents for loaded in found}) == 2
+
+
 def test_a_model_is_loaded_once(tiny):
     assert load_model(model_config(), NONE).model is tiny.model
     assert load_model(model_config(n_layers=3), NONE).model is not tiny.model

@@ -231,6 +231,14 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(cli, tmp_path, ov
     assert not list(tmp_path.rglob("results.json")) + list(tmp_path.rglob("layers.csv")) + list(tmp_path.rglob("*.tmp"))
 
 
+def test_paths_begin_where_the_command_was_given(cli, tmp_path):
+    (tmp_path / "words.tsv").write_text("source\ttarget\n" + "".join(f"neno{i}\tword{i}\n" for i in range(60)))
+    status, out, err = cli(
+        *SMALL, "dataset=file", "dataset.path=words.tsv", "hydra.job.chdir=true", "train=none", "eval.probes=false"
+    )
+    assert (status, err) == (0, "") and "pair cosine" in out
+
+
 def test_a_failed_job_is_told_with_its_log_and_exit_status_1(cli, tmp_path):
     status, _, err = cli(*SMALL, *INFONCE, "tracking=off", "objective.temperature=1e-42", "eval.probes=false")
     assert status == 1

@@ -251,6 +251,8 @@ def test_a_failed_trial_stops_no_other(cli: Cli, tmp_path: Path) -> None:
         (["lora.dropout=tag(lin,interval(0,0.1))"], "the one tag is log"),
         (["lora.layers=choice([1],[9])"], "lora.layers=[9]: 9 is not possible"),
         (["lora.rank=range(4,4)"], "has no values"),
+        (["lora.rank=shuffle(2,4)"], "can't be shuffled"),
+        (["lora.rank=2,4", "hydra.sweep.subdir=r${lora.rank}"], "more than one job would write to"),
         (["lora.rank=2,4", "lora.alpha=-1"], "lora.alpha=-1.0: must be above 0"),
         (["tracking.experiment=choice(a,b)"], "tracking and sweep can't be swept"),
         (["lora.rank=2,4", "hydra.sweeper._target_=hydra_plugins.x.Other"], "only basic and optuna"),

@@ -223,6 +223,10 @@ def test_a_failed_job_stops_no_other_and_is_done_again(cli: Cli, store: str, tmp
         (["-m", "lora.nokey=1,2"], "nokey"),
         (["-m", "+lora.nokey=1,2"], "lora.nokey is no key"),
         (["-m", "lora.rank=range(4,4)"], "the sweep is empty: lora.rank has no values"),
+        (["-m", "lora.rank=shuffle(2,4)"], "lora.rank=shuffle(2,4): can't be shuffled"),
+        (["-m", "lora.rank=2,4", "train.seed=1,2", "hydra.sweep.subdir=r${lora.rank}"], "than one job would write to"),
+        (["-m", "lora.rank=2,4", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2.0"], "hydra.launcher.n_jobs=2.0: "),
+        (["-m", "lora.rank=2,4", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0: give a whole"),
         (["-m", "lora.rank=interval(1,4)"], "does not support"),
         (["-m", "lora.rank=4,4"], "two jobs are the same: lora.rank=4 and lora.rank=4"),
         (["-m", "lora.rank=4,8", "tracking.experiment=a,b"], "tracking and sweep can't be swept"),
@@ -256,6 +260,89 @@ def test_the_sweeps_in_conf_are_whole(
     status = run_command(monkeypatch, f"experiment={name}_sweep", "sweep.dry_run=true")
     lines = capsys.readouterr().out.splitlines()
     assert status == 0 and len(set(lines)) == jobs + 1 and lines[-1] == f"{jobs} jobs, 0 of them done already"
+
+
+def test_jobs_that_set_a_new_key_are_told_apart(cli: Cli) -> None:
+    texts = ",".join(str(file) for file in sorted((ROOT / "data" / "text").iterdir())[:2])
+    status, out, _ = cli("-m", f"+eval.text.swahili={texts}", "sweep.dry_run=true")
+    first, second, _ = out.splitlines()
+    assert status == 0 and first != second and " swahili=" in first
+
+
+def test_a_job_whose_settings_have_changed_since_the_plan_is_refused(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from src import study
+
+    prepare, rate = study.prepare, tmp_path / "conf" / "train" / "mine.yaml"
+
+    def edited_meanwhile(*args: Any) -> study.Study:
+        rate.write_text(rate.read_text().replace("1.0e-3", "1.0e-4"))
+        return prepare(*args)
+
+    rate.parent.mkdir(parents=True)
+    rate.write_text("defaults: [default, _self_]\nlearning_rate: 1.0e-3\n")
+    monkeypatch.setattr(study, "prepare", edited_meanwhile)
+    arguments = ("-m", "lora.rank=2,3", "train=mine", f"hydra.searchpath=[file://{rate.parents[1]}]", "tracking=off")
+    status, out, err = cli(*arguments)
+    assert status == 1 and "2 jobs: 1 done, 1 failed" in out and err.count("a file of conf/ has changed") == 1
+    status, out, _ = cli(*arguments)
+    assert status == 0 and "2 jobs: 2 done" in out and "already done" not in out
+
+
+@pytest.mark.parametrize(("swept", "loaded"), [("model.n_layers=4,5", 2), ("lora.rank=2,3", 1)])
+def test_nothing_of_a_job_stays_in_memory(tmp_path: Path, swept: str, loaded: int) -> None:
+    """Neither an earlier model, of which there may be room for one, nor what the first job has encoded."""
+    code = """
+import gc, sys, weakref
+from src import run, tracking
+gc.set_threshold(0)  # nothing is freed by chance
+models, vectors, opened = [], [], tracking.open_store
+
+def alive(kept):
+    return [number for number, one in enumerate(kept) if one()]
+
+def watch():
+    from src import models as module, study
+    load, ask = module._load, module.load_model
+
+    def loaded(*args):
+        print("models before loading:", alive(models))
+        found = load(*args)
+        models.append(weakref.ref(found.model))
+        return found
+
+    def asked(*args):  # from the second job on
+        found = ask(*args)
+        gc.collect()
+        print("vectors of earlier jobs:", alive(vectors))
+        return found
+
+    def encoded(encode):
+        def kept(*args, **kwargs):
+            found = encode(*args, **kwargs)
+            vectors.append(weakref.ref(found.vectors))
+            return found
+        return kept
+
+    module._load, module.load_model = loaded, asked
+    study.encode_before, study.encode_after = encoded(study.encode_before), encoded(study.encode_after)
+
+def job_begins(config, root, folder=None):
+    if folder and not models:
+        watch()
+    return opened(config, root, folder)
+
+tracking.open_store = job_begins
+sys.exit(run.main())
+"""
+    arguments = ["-m", *TINY, swept, "tracking=off"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if line.startswith(("models before", "vectors of"))]
+    assert sorted(said) == [*["models before loading: []"] * loaded, "vectors of earlier jobs: []"]
 
 
 def test_jobs_are_done_again_where_their_pairs_changed_or_force_asks(cli: Cli, tmp_path: Path) -> None:
