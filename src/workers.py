@@ -53,7 +53,6 @@ def prepare(config: DictConfig) -> None:
     """
     from omegaconf import open_dict, read_write
 
-    _refuse_odd_counts(config)
     target = config.hydra.launcher._target_
     plugin = re.match(r"hydra_plugins\.(hydra_(\w+)_launcher)\.", target)
     if plugin and not _installed(f"hydra_plugins.{plugin[1]}"):
@@ -62,6 +61,7 @@ def prepare(config: DictConfig) -> None:
         if extra == "ray":  # pip alone would put an older cloudpickle under the others
             how = "make ray, then .venv-ray/bin/python -m src.run …"
         raise UserError(f"hydra/launcher={name} needs the extra {extra}, which isn't installed: {how}")
+    _refuse_odd_counts(config)
     if target.endswith(".LocalLauncher") and config.hydra.sweeper.get("max_batch_size", 0) is None:
         with read_write(config), open_dict(config):  # submitit would start all of the sweep's jobs at once
             config.hydra.sweeper.max_batch_size = _cores()
