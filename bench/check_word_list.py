@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 
+from src import console
 from src.dictionaries import freedict_entries, freedict_index
 from src.errors import UserError
 from src.pairs import Pair, read_pairs
@@ -53,5 +54,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(error, file=sys.stderr)
+        console.fail(str(error))
         sys.exit(2)

@@ -318,6 +318,16 @@ def _check_eval(config: EvalConfig) -> None:
             raise UserError(f"eval.text.{language}={path}: there is no such file")
 
 
+def _refuse_unused(dataset: DatasetConfig) -> None:
+    """Raises UserError for a key that names pairs which the chosen source doesn't read."""
+    read = {"builtin": (), "freedict": ("pair", "path"), "file": ("path", "source_column", "target_column")}
+    for key in ("path", "pair", "source_column", "target_column"):
+        if key not in read[dataset.source] and (value := getattr(dataset, key)) is not None:
+            other = "freedict" if key == "pair" else "file"
+            where = f"dataset.{key}={value} isn't read with dataset.source={dataset.source}"
+            raise UserError(f"{where}: add dataset={other}, or leave it out")
+
+
 def _check_sources(config: Config) -> None:
     model, lora = config.model, config.lora
     for key in ("dataset.source_language", "dataset.target_language"):
@@ -332,6 +342,7 @@ def _check_sources(config: Config) -> None:
         raise UserError("dataset.path has no value: give a pair file, as dataset.path=words.tsv")
     if config.dataset.source == "freedict" and not (config.dataset.pair or config.dataset.path):
         raise UserError("dataset.pair has no value: give a dictionary, as dataset.pair=fra-eng")
+    _refuse_unused(config.dataset)
     if not lora.target_modules:
         raise UserError("lora.target_modules is empty: name the modules to adapt, as [q_proj,v_proj]")
     if lora.init in ("pissa", "olora") and config.quant.name != "none":

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from src.results import specificity_pvalue
+
 alone = True  # whether this process has the terminal to itself
 
 
@@ -36,6 +38,11 @@ def fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 
+def signed(value: float) -> str:
+    """A gain with four decimals, or with two digits where those would be zeros."""
+    return f"{value:+.4f}" if abs(value) >= 1e-4 or value == 0 else f"{value:+.1e}"
+
+
 ROWS = (  # key in results.json without the split, what a reader calls it
     ("pair_cosine", "pair cosine"),
     ("margin", "margin over mismatched"),
@@ -47,7 +54,7 @@ TESTS = (
     ("gain_ci", "cosine gain, 95 % interval"),
     ("cohens_dz", "Cohen's d_z"),
 )
-PROBES = (("lm/perplexity_", "perplexity, {}"), ("translation/accuracy", "translates right of 10"))
+PROBES = (("lm/perplexity_", "perplexity, {}"), ("translation/accuracy", "translation accuracy"))
 
 
 def result_table(results: Mapping[str, Any], eval_layer: str, folder: str, link: str | None) -> str:
@@ -60,6 +67,12 @@ def result_table(results: Mapping[str, Any], eval_layer: str, folder: str, link:
     console = Console(width=100, file=None, highlight=False)
     columns = ["before", "after", "gain"] if trained else ["before"]
     with console.capture() as capture:
+        words = results["dataset"]
+        console.print(
+            f"{escape(results['params']['model.name'])}, {escape(words['name'])}: {words['train']} pairs to train on, "
+            f"{words['control']} control pairs",
+            soft_wrap=True,
+        )
         table = Table(title=f"at layer {eval_layer}", title_justify="left", box=None, pad_edge=False, padding=(0, 2))
         table.add_column("")
         for split in ("train", "control"):
@@ -80,14 +93,14 @@ def result_table(results: Mapping[str, Any], eval_layer: str, folder: str, link:
         console.print(f"\nresults  {escape(folder)}", soft_wrap=True)
         if link:
             console.print(f"in MLflow  {escape(link)}", soft_wrap=True)
-    return capture.get()
+    return "\n".join(line.rstrip() for line in capture.get().split("\n"))
 
 
 def _change(results: Mapping[str, Any], key: str, columns: Sequence[str]) -> list[str]:
     before, after = results[f"{key}_before"], results.get(f"{key}_after")
     values = {"before": f"{before:.4f}"}
     if after is not None:
-        values |= {"after": f"{after:.4f}", "gain": f"{after - before:+.4f}"}
+        values |= {"after": f"{after:.4f}", "gain": signed(after - before)}
     return [values[column] for column in columns]
 
 
@@ -97,9 +110,10 @@ def _test_lines(results: Mapping[str, Any]) -> Iterable[str]:
         cells = []
         for split in ("train", "control"):
             if key == "gain_ci":
-                cell = f"{results[f'{split}/gain_ci_low']:+.4f} … {results[f'{split}/gain_ci_high']:+.4f}"
+                cell = f"{signed(results[f'{split}/gain_ci_low'])} … {signed(results[f'{split}/gain_ci_high'])}"
             else:
-                cell = f"{results[f'{split}/{key}']:.3g}"
+                value = specificity_pvalue(results, split) if key == "specificity_pvalue" else results[f"{split}/{key}"]
+                cell = f"{value:.3g}"
             cells.append(f"{split} {cell:22}")
         yield f"{label:28}{cells[0]}  {cells[1]}".rstrip()
 

@@ -11,10 +11,12 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from src import console
 from src.errors import UserError
 
 DICTD = Path("/usr/share/dictd")  # where Debian's dict-freedict-* packages put their files
@@ -120,7 +122,8 @@ def _comma_separated(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
                 yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {line}: not CSV ({error})") from error
+        reason = "a quotation mark isn't closed" if "unexpected end" in str(error) else error
+        raise UserError(f"{path}, line {line}: not CSV ({reason})") from error
 
 
 def _table(
@@ -142,6 +145,7 @@ def _table(
         if len(names) > 2:
             raise _no_columns(path, columns, first[1])
         rows = chain([first], rows)
+        _say_once(f"{path} has no line that names its columns: {' – '.join(map(clean, first[1]))} counts as a pair")
     for line, cells in rows:
         if max(left, right) >= len(cells):
             raise UserError(f"{path}, line {line}: has {len(cells)} of {max(left, right) + 1} columns")
@@ -150,12 +154,17 @@ def _table(
         yield Row(line, cells[left], cells[right])
 
 
+@cache
+def _say_once(message: str) -> None:
+    console.say(message)
+
+
 def _no_columns(where: object, columns: tuple[str, str], found: list[str]) -> UserError:
     shown = ", ".join(" ".join(name.split())[:40] for name in found[:12])
-    return UserError(
-        f"{where}: has no columns {columns[0]} and {columns[1]} but {shown}; "
-        "set dataset.source_column and dataset.target_column"
-    )
+    advice = "give them these names, or theirs in dataset.source_column and dataset.target_column"
+    if len(found) == 1 and ";" in found[0]:
+        advice = "it is separated by semicolons: save it with commas, or as .tsv with tabs"
+    return UserError(f"{where}: has no columns {columns[0]} and {columns[1]} but {shown}; {advice}")
 
 
 def _json_lines(path: Path, text: str, columns: tuple[str, str]) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UserError
-from src.results import FAILED, DamageError, read_document, read_results, read_table
+from src.results import FAILED, DamageError, read_document, read_results, read_table, specificity_pvalue
 from src.summary import SEEDS
 from src.tracking import public_uri
 
@@ -58,9 +58,8 @@ class Job:
 
     @property
     def pvalue(self) -> float | None:
-        """Control's specificity: the larger of the raw and the scaled test's, as the verdict uses it."""
-        raw = self.number_at("control/specificity_pvalue")
-        return None if raw is None else max(raw, self.number_at("control/scaled_specificity_pvalue") or 0)
+        """Control's specificity."""
+        return specificity_pvalue(self.results, "control")
 
 
 @dataclass(frozen=True)

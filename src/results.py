@@ -137,6 +137,12 @@ def repetition(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{_AGAIN}{time.strftime('%Y%m%d-%H%M%S')}")
 
 
+def specificity_pvalue(results: Mapping[str, Any], split: str) -> float | None:
+    """The larger of the raw and the scaled test's, as the verdict uses it; None where a pilot has none."""
+    found = [results.get(f"{split}/{name}_pvalue") for name in ("specificity", "scaled_specificity")]
+    return max((float(value) for value in found if value is not None), default=None)
+
+
 def is_repetition(folder: Path) -> bool:
     """Whether src.reproduce has made the folder."""
     return bool(re.search(rf"{_AGAIN}\d{{8}}-\d{{6}}$", folder.name))

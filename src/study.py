@@ -113,7 +113,7 @@ def describe(study: Study) -> dict[str, Any]:
         "model_revision": study.loaded.revision,
         "model_digest": study.loaded.contents,
         "dataset": {
-            "name": config.dataset.pair or config.dataset.source,
+            "name": config.dataset.pair or Path(lexicon.origin).stem,
             "digest": lexicon.digest,
             "source": lexicon.origin,
             "languages": f"{lexicon.source_language}-{lexicon.target_language}",

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from src.results import DamageError
+from src.console import signed
+from src.results import DamageError, specificity_pvalue
 from src.results import read_results as read_job
 
 SEEDS = ("train.seed", "dataset.seed")
@@ -42,8 +43,12 @@ def read_results(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def job_rows(found: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
-    """(name, verdict, COLUMNS…) of each job, the largest margin gain first; None where a pilot has no number."""
-    rows = [[results["name"], results["verdict"], *(results.get(key) for key in COLUMNS)] for results in found]
+    """(name, verdict, COLUMNS…) of each job, the largest margin gain first; None where a pilot has nothing."""
+    rows: list[list[Cell]] = []
+    for results in found:
+        numbers = dict(results) | {"control/specificity_pvalue": specificity_pvalue(results, "control")}
+        trained = "control/margin_gain" in results
+        rows.append([results["name"], results["verdict"] if trained else None, *map(numbers.get, COLUMNS)])
     return sorted(rows, key=lambda row: -row[2] if isinstance(row[2], float) else float("inf"))
 
 
@@ -67,7 +72,7 @@ def _seed_row(members: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"{' '.join(common)}, {len(members)} seeds",
         ", ".join(f"{verdict} {count}" for verdict, count in verdicts),
-        *(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" for mean, low, high in gains),
+        *(f"{signed(mean)} [{signed(low)}, {signed(high)}]" for mean, low, high in gains),
     ]
 
 
@@ -140,9 +145,9 @@ def command(overrides: Sequence[str]) -> str:
 
 
 def _shown(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    formats = ("{}", "{}", "{:+.4f}", "{:.3f}", "{:.3f}", "{:.2g}")
+    formats = (str, str, signed, "{:.3f}".format, "{:.3f}".format, "{:.2g}".format)
     return [
-        ["–" if cell is None else form.format(cell) for form, cell in zip(formats, row, strict=True)]
+        ["–" if cell is None else form(cell) for form, cell in zip(formats, row, strict=True)]  # pyright: ignore
         for row in job_rows(found)
     ]
 

@@ -395,6 +395,8 @@ def _print_end(document: Mapping[str, Any], link: str | None) -> None:
             console.fail(f"{job['status']}: {job['name']}{why}; {job['folder']}/run.log")
     counts = Counter({"done": "done", "pending": "not started"}.get(job["status"], job["status"]) for job in jobs)
     print(f"{len(jobs)} jobs: {', '.join(f'{count} {status}' for status, count in counts.most_common()) or 'none'}")
+    if counts["killed"] or counts["not started"]:
+        print("the same command goes on from here")
     if search := document.get("search"):
         print(summary.best_setting(search, jobs, found), end="")
     print(f"report     python -m src.report {document['id']}")

@@ -17,7 +17,7 @@ from uuid import uuid4
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src import tracking
+from src import console, tracking
 from src.errors import UserError
 from src.results import (
     OUTCOMES,
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return relocate(tracking.store_uri(arguments.uri, ROOT))
         return sync(arguments.folders, arguments.uri)
     except UserError as error:
-        print(error, file=sys.stderr)
+        console.fail(str(error))
         return 2
 
 

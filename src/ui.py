@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from src import tracking
+from src import console, tracking
 from src.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{file} was moved, so files won't show: run `python -m src.sync --relocate --uri {uri}`")
         return serve(uri, file, port)
     except UserError as error:
-        print(error, file=sys.stderr)
+        console.fail(str(error))
         return 2
 
 

@@ -136,8 +136,8 @@ FILES: dict[str, tuple[str, str | bytes, list[tuple[str, str]] | str]] = {
     "a short row": ("a.csv", b"id,source,target\n1,kula,eat\n2,lala\n", "line 3: has 2 of 3 columns"),
     # columns
     "one column": ("a.csv", b"source\nkula\n", "has no columns source and target but source"),
-    "other names": ("a.csv", b"swahili,english\nkula,eat\n", "but swahili, english; set dataset.source_column"),
-    "semicolons": ("a.csv", b"source;target\nkula;eat\n", "has no columns source and target but source;target"),
+    "other names": ("a.csv", b"swahili,english\nkula,eat\n", "but swahili, english; give them these names"),
+    "semicolons": ("a.csv", b"source;target\nkula;eat\n", "but source;target; it is separated by semicolons"),
     "excel's separator line": ("a.csv", b"sep=,\nsource,target\nkula,eat\n", "no columns source and target but sep=,"),
     "a column twice": ("a.csv", b"source,target,Target\nkula,eat,dine\n", "line 1: has two columns target"),
     "a column twice in a tsv": ("a.tsv", b"source\tsource\ttarget\nku\tla\teat\n", "line 1: has two columns source"),

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from src import summary
+from src.console import signed
 from src.plan import done_jobs, sweep_id, sweep_root
-from src.results import is_repetition, outcome, repetition
+from src.results import is_repetition, outcome, repetition, specificity_pvalue
 from tests.conftest import ROOT, Cli, call_command, run_command
 
 TINY = (
@@ -147,6 +148,7 @@ def check_view_and_table(store: str, parent: Any, out: str) -> None:
     assert sorted(row[0] for row in rows) == ["r2 L1 infonce", "r2 L1 triplet", "r4 L1 infonce", "r4 L1 triplet"]
     for row in rows:  # each number is the one of its folder
         results = json.loads((Path(row[-1]) / "results.json").read_text())
+        results["control/specificity_pvalue"] = specificity_pvalue(results, "control")
         assert row[2:-1] == [results[key] for key in summary.COLUMNS]
 
 
@@ -231,6 +233,8 @@ def test_a_failed_job_stops_no_other_and_is_done_again(cli: Cli, store: str, tmp
         (["-m", "lora.rank=4,4"], "two jobs are the same: lora.rank=4 and lora.rank=4"),
         (["-m", "lora.rank=4,8", "tracking.experiment=a,b"], "tracking and sweep can't be swept"),
         (["-m", "lora.rank=4,8", "dataset=file", "dataset.path=absent.tsv"], "absent.tsv"),
+        (["dataset.path=words.tsv"], "dataset.path=words.tsv isn't read with dataset.source=builtin: add dataset=file"),
+        (["dataset=freedict", "dataset.source_column=a"], "dataset.source_column=a isn't read"),
         (["experiment=no_sweep"], "layer_sweep"),
         (["lora.layers=[9]"], "lora.layers=[9]: 9 is not possible"),
     ],
@@ -382,6 +386,15 @@ def test_seeds_are_averaged_with_student_s_interval() -> None:
     ]
     found[2]["train_batch_size_used"] = 32  # memory ran out: another setting than was asked for
     assert [row[0] for row in summary.seed_rows(found)] == ["r4 L1, 2 seeds"]
+
+
+def test_a_summary_shows_the_verdict_s_p_and_no_verdict_of_a_pilot() -> None:
+    pvalues = {"control/specificity_pvalue": 0.03, "control/scaled_specificity_pvalue": 0.3}
+    trained = {"name": "a", "verdict": "none", "control/margin_gain": -2e-05, **pvalues}
+    rows = summary.job_rows([trained, {"name": "b", "verdict": "none", "control/csls_p_at_1_before": 0.1}])
+    assert rows == [["a", "none", -2e-05, None, None, 0.3], ["b", None, None, 0.1, None, None]]
+    first, second = summary.as_text([{**trained, "params": {}}]).splitlines()[1:], signed(0.00051)
+    assert "-2.0e-05" in first[1] and "0.3" in first[1] and (second, signed(0)) == ("+0.0005", "+0.0000")
 
 
 def test_only_whole_job_folders_count_as_done(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_no_store_yet_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_server_needs_no_ui(capsys: pytest.CaptureFixture[str]) -> None:
     assert ui.main(["--uri", "http://anna:geheim@example.org"]) == 2
-    assert capsys.readouterr().err == "http://example.org is a server already: open it in a browser\n"
+    assert capsys.readouterr().err == "error: http://example.org is a server already: open it in a browser\n"
 
 
 def test_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +42,7 @@ def test_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
         taken.listen()
         port = str(taken.getsockname()[1])
         assert ui.main(["--uri", f"sqlite:///{tmp_path}/mlflow.db", "--port", port]) == 2
-    assert capsys.readouterr().err == f"--port {port}: taken, or refused by browsers; choose another\n"
+    assert capsys.readouterr().err == f"error: --port {port}: taken, or refused by browsers; choose another\n"
 
 
 def test_serves_until_sigterm_and_leaves_nothing_behind(tmp_path: Path) -> None:
