@@ -138,7 +138,7 @@ def test_a_job_whose_upload_a_signal_cut_off_is_uploaded_at_the_sweep_s_end(
 ) -> None:
     monkeypatch.setattr(tracking, "_upload_files", interrupted_after(tracking._upload_files, times=1))
     status, out, err = cli("-m", "lora.rank=1,2", "train=none")
-    assert (status, err) == (130, "error: interrupted\n") and "2 jobs: 1 done, 1 not started" in out
+    assert (status, err) == (130, "error: interrupted\n") and "2 jobs: 1 done, 1 not started\nthe same" in out
     parent, (child,) = family(runs(store, tmp_path))
     assert (parent.info.status, child.info.status) == ("KILLED", "FINISHED")
     (folder,) = (file.parent for file in tmp_path.glob("multirun/*/*/*/results.json"))
