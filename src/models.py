@@ -77,7 +77,7 @@ def load_model(model: ModelConfig, quant: QuantConfig) -> LoadedModel:
             gc.unfreeze()
             gc.collect()
         with importing():  # what transformers needs for this architecture
-            _held[key] = _load(model, quant)
+            _held[key] = _load(model, quant, key)
         _alive.add(_held[key].model)
     return _held[key]
 
@@ -86,7 +86,7 @@ _held: dict[str, LoadedModel] = {}  # the model in use, by what was asked for
 _alive: WeakSet[PreTrainedModel] = WeakSet()  # all that are still in memory
 
 
-def _load(config: ModelConfig, quant: QuantConfig) -> LoadedModel:
+def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
     import torch
     from huggingface_hub import constants
     from transformers.utils.logging import disable_progress_bar
@@ -104,8 +104,7 @@ def _load(config: ModelConfig, quant: QuantConfig) -> LoadedModel:
     if config.n_layers is not None and depth(model) != config.n_layers:
         raise UserError(f"model.n_layers={config.n_layers}, but {config.name} has {depth(model)} blocks: mend the key")
     contents = folder_contents(folder) if own_folder(config) else None
-    identity = _identity(model, tokenizer, json.dumps([asdict(config), asdict(quant)]), revision)
-    return LoadedModel(model, tokenizer, identity, revision, contents)
+    return LoadedModel(model, tokenizer, _identity(model, tokenizer, key, revision), revision, contents)
 
 
 def _identity(model: PreTrainedModel, tokenizer: Any, key: str, revision: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def plan(config: DictConfig) -> Plan:
     folder = Path(config.hydra.sweep.dir).absolute()  # first, as it holds the time: Hydra hands it to all jobs
     given, swept, overrides = list_jobs(config)
     composed = [compose(config, number, job) for number, job in enumerate(overrides)]
-    labels = [" ".join(one for one in job if _key(one) in swept) for job in overrides]
+    labels = [" ".join(one for one in job if bare_key(one) in swept) for job in overrides]
     configs = checked([outcome for outcome, _ in composed], labels)
     refuse_shared_folder([own for _, own in composed])
     finished = {} if configs[0].sweep.force else done_jobs(sweep_root(folder))
@@ -86,7 +87,7 @@ def list_jobs(config: DictConfig) -> tuple[list[str], dict[str, list[str]], list
     given, parsed = given_overrides(config)
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
     last: dict[str, Override] = {override.get_key_element(): override for override in parsed}
-    swept = {_key(key): list(one.sweep_string_iterator()) for key, one in last.items() if one.is_sweep_override()}
+    swept = {bare_key(key): list(one.sweep_string_iterator()) for key, one in last.items() if one.is_sweep_override()}
     if not jobs:
         empty = next(key for key, values in swept.items() if not values)
         raise UserError(f"the sweep is empty: {empty} has no values")
@@ -110,7 +111,8 @@ def compose(config: DictConfig, number: int, overrides: Sequence[str]) -> tuple[
 
 def refuse_shared_folder(folders: Sequence[Path]) -> None:
     """Raises UserError where two jobs would write to one folder."""
-    if shared := next((folder for number, folder in enumerate(folders) if folder in folders[:number]), None):
+    ((shared, times),) = Counter(folders).most_common(1)
+    if times > 1:
         hint = "leave the key out, or use ${hydra.job.num}"
         raise UserError(f"hydra.sweep.subdir: more than one job would write to {shared}; {hint}")
 
@@ -183,7 +185,7 @@ def job_name(config: Config, overrides: Sequence[str], swept: Mapping[str, Any])
     """The run's short name and, where a sweep's jobs would be called the same without, the other swept values."""
     name = run_name(config)
     for override in overrides:
-        key, value = _key(override), override.partition("=")[2]
+        key, value = bare_key(override), override.partition("=")[2]
         if key in swept and key not in _NAMED and value not in name.split():
             ambiguous = sum(other.rpartition(".")[2] == key.rpartition(".")[2] for other in swept) > 1
             label = key if ambiguous else key.rpartition(".")[2]
@@ -191,7 +193,7 @@ def job_name(config: Config, overrides: Sequence[str], swept: Mapping[str, Any])
     return name
 
 
-def _key(override: str) -> str:
+def bare_key(override: str) -> str:
     """What an override sets, be it there already or not (`+key=value`)."""
     return override.partition("=")[0].lstrip("+~")
 

@@ -139,8 +139,8 @@ def repetition(folder: Path) -> Path:
 
 def specificity_pvalue(results: Mapping[str, Any], split: str) -> float | None:
     """The larger of the raw and the scaled test's, as the verdict uses it; None where a pilot has none."""
-    found = [results.get(f"{split}/{name}_pvalue") for name in ("specificity", "scaled_specificity")]
-    return max((float(value) for value in found if value is not None), default=None)
+    found = (results.get(f"{split}/{name}_pvalue") for name in ("specificity", "scaled_specificity"))
+    return max((float(one) for one in found if isinstance(one, int | float) and math.isfinite(one)), default=None)
 
 
 def is_repetition(folder: Path) -> bool:

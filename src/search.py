@@ -21,6 +21,7 @@ from src.errors import UserError
 from src.files import digest, written_atomically
 from src.plan import (
     Plan,
+    bare_key,
     checked,
     compose,
     done_jobs,
@@ -73,9 +74,8 @@ class Search:
         self.study = self._study_name(first)
         self._file = _database(first, folder)
         self._lock = FileLock(self._file.with_name(f"optuna-{self.study}.lock"))
-        self.plan = Plan(
-            folder, given, {key.lstrip("+"): [one.get_value_string()] for key, one in searched.items()}, first, []
-        )
+        swept = {bare_key(key): [one.get_value_string()] for key, one in searched.items()}
+        self.plan = Plan(folder, given, swept, first, [])
         self._refuse_stranger()
         self._done = {} if first.sweep.force else done_jobs(sweep_root(folder))
         self.told = self.repeats = 0
@@ -88,9 +88,9 @@ class Search:
         corner = {key: several[0] for key, several in values.items()}
         settings = [corner, *({**corner, key: other} for key, several in values.items() for other in several[1:])]
         assigned = [as_overrides(setting) for setting in settings]
-        composed = [compose(self._config, 0, [*self._fixed, *overrides])[0] for overrides in assigned]
-        configs = checked(composed, [" ".join(overrides) for overrides in assigned])
-        refuse_shared_folder([compose(self._config, number, [*self._fixed, *assigned[0]])[1] for number in range(2)])
+        composed = [compose(self._config, 0, [*self._fixed, *overrides]) for overrides in assigned]
+        configs = checked([found for found, _ in composed], [" ".join(overrides) for overrides in assigned])
+        refuse_shared_folder([composed[0][1], compose(self._config, 1, [*self._fixed, *assigned[0]])[1]])
         for config in configs:
             identity(config, self._digests)
             refuse_metric(self.settings.metric, config)

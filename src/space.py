@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from src.config import Config
 from src.errors import UserError
+from src.plan import bare_key
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -96,7 +97,7 @@ def _interval(key: str, low: float, high: float, log: bool, config: DictConfig) 
     whole = isinstance(low, int) and isinstance(high, int)
     if not low < high or (log and low <= 0):
         raise UserError(f"{key}: interval({low:g},{high:g}) must rise{', from above 0' if log else ''}")
-    if not whole and type(OmegaConf.select(config, key.lstrip("+"))) is int:
+    if not whole and type(OmegaConf.select(config, bare_key(key))) is int:
         raise UserError(f"{key} is a whole number: write int(interval({low:g},{high:g})), or choice(…)")
     return IntDistribution(int(low), int(high), log=log) if whole else FloatDistribution(low, high, log=log)
 

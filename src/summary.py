@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,9 @@ def command(overrides: Sequence[str]) -> str:
 
 
 def _shown(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    formats = (str, str, signed, "{:.3f}".format, "{:.3f}".format, "{:.2g}".format)
+    formats: list[Callable[[Any], str]] = [str, str, signed, "{:.3f}".format, "{:.3f}".format, "{:.2g}".format]
     return [
-        ["–" if cell is None else form(cell) for form, cell in zip(formats, row, strict=True)]  # pyright: ignore
+        ["–" if cell is None else form(cell) for form, cell in zip(formats, row, strict=True)]
         for row in job_rows(found)
     ]
 

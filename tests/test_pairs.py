@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyglossary.plugin_lib.dictdlib import DictDB
 
+from src import console
 from src.dictionaries import DICTD
 from src.errors import UserError
 from src.pairs import Lexicon, Pair, Split, clean, read_pairs, relevant, split
@@ -342,3 +343,12 @@ def test_relevant_lists_every_listed_translation_among_the_columns() -> None:
     assert table.tolist() == [[0, 1, -1], [0, 1, -1], [2, 3, -1], [1, 2, 3]]
     assert relevant([], listed).shape == (0, 0)
     assert relevant(pairs[2:3], []).tolist() == [[0]]
+
+
+def test_a_first_line_that_counts_as_a_pair_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(console, "say", said.append)
+    (tmp_path / "a.tsv").write_text("kula\teat\nmaji\twater\n")
+    for _ in range(2):
+        assert len(read_pairs(source="file", path=str(tmp_path / "a.tsv")).pairs) == 2
+    assert said == [f"{tmp_path / 'a.tsv'} has no line that names its columns: kula – eat counts as a pair"]
