@@ -39,13 +39,14 @@ from bench.scale import cache_with_models
 from src import below, study
 from src.config import Config, read_config, register
 from src.layers import blocks, encode, tokenize, tree_size
-from src.linear import product
+from src.linear import library, product
 from src.models import LoadedModel, _held, adapter, load_model
 from src.packaged import packaged_folder
 from src.pairs import read_words
 
 ROOT = Path(__file__).parent.parent
 Measured = dict[str, list[float]]
+multiply = product if library() == "oneDNN" else torch.nn.functional.linear
 
 
 def main() -> None:
@@ -201,9 +202,9 @@ def _products(loaded: LoadedModel, task: Task, tokens: int) -> Callable[[], None
 
     def step() -> None:
         for weight in forward:
-            product(states[weight.shape[1]], weight)
+            multiply(states[weight.shape[1]], weight)
         for weight in back:
-            product(states[weight.shape[0]], weight.T)
+            multiply(states[weight.shape[0]], weight.T)
 
     return step
 
@@ -246,7 +247,7 @@ def arithmetic(repeats: int) -> None:
 
     def products() -> None:
         for weight in weights:
-            product(inputs[weight.shape[1]], weight)
+            multiply(inputs[weight.shape[1]], weight)
 
     seconds = take_turns({"products alone": products, "encoding": lambda: encode(it.loaded.model, distinct)}, repeats)
     rates = [512 * work / value / 1e9 for value in seconds["products alone"]]

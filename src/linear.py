@@ -1,4 +1,4 @@
-"""Frozen linear layers on a CPU, multiplied by oneDNN where torch itself would take the slower of its two libraries."""
+"""Frozen linear layers on an AMD CPU, multiplied by oneDNN where torch itself takes the slower of its two libraries."""
 
 from __future__ import annotations
 
@@ -10,27 +10,34 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from src.machine import cpu_vendor
+
 
 def library() -> str:
-    """What multiplies: "oneDNN", by the operator that torch.compile uses for linear layers on a CPU; else "torch".
+    """What multiplies a model's frozen float32 weights on this machine: "oneDNN", or what "torch" takes itself.
 
-    Not where addresses are limited (`ulimit -v`, as some clusters have it): short of room for its code, oneDNN crashes.
+    torch takes MKL, which prefers Intel's processors: oneDNN has 1.05 to 1.2 times its rate on an AMD EPYC, and 0.75 to
+    1.0 of it on an Intel Xeon (`python -m bench.products`). Not where addresses are limited (`ulimit -v`, as some
+    clusters have it): short of room for its code, oneDNN crashes.
     """
-    has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    return "oneDNN" if has_it and limits == [resource.RLIM_INFINITY] * 2 else "torch"
+    wanted = cpu_vendor() == "AuthenticAMD" and limits == [resource.RLIM_INFINITY] * 2
+    return "oneDNN" if wanted and has_onednn() else "torch"
+
+
+def has_onednn() -> bool:
+    """Whether torch has the operator by which torch.compile multiplies on a CPU."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def multiply_by_onednn(model: nn.Module) -> None:
-    """Has the model's linear layers multiply frozen float32 weights by oneDNN, on a CPU, where `library` says so.
+    """Has the model's linear layers multiply frozen float32 weights by oneDNN, on a CPU.
 
-    torch takes MKL for float32; on an AMD EPYC oneDNN has 1.05 to 1.2 times its rate (`python -m bench.products`).
-    Results differ in the last bits, as they do between numbers of threads.
+    Results differ from torch's in the last bits, as they do between numbers of threads.
     """
-    if library() == "oneDNN":
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = _Linear
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _Linear
 
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

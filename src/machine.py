@@ -24,12 +24,21 @@ def machine(device: str) -> dict[str, Any]:
     return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": threads, "platform": platform.platform(), **gpu}
 
 
+def cpu_vendor() -> str:
+    """ "AuthenticAMD", "GenuineIntel", …; empty where Linux names none, or it isn't Linux."""
+    return _cpuinfo("vendor_id") or ""
+
+
 def _cpu() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
 
 
 def versions() -> dict[str, str]:

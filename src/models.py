@@ -99,7 +99,8 @@ def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
         folder, revision = _locate(config)
     model, tokenizer = _from_folder(folder, config, quant, device)
     model.eval().requires_grad_(False)
-    multiply_by_onednn(model)
+    if library() == "oneDNN":
+        multiply_by_onednn(model)
     _keep_4bit_weights(model)
     if config.n_layers is not None and depth(model) != config.n_layers:
         raise UserError(f"model.n_layers={config.n_layers}, but {config.name} has {depth(model)} blocks: mend the key")

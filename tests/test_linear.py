@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import src.linear
 from src.layers import packs
-from src.linear import library, multiply_by_onednn
+from src.linear import has_onednn, library, multiply_by_onednn
 from src.models import adapter
 from src.training import Objective, Schedule, train
 from tests.conftest import ROOT
@@ -51,12 +52,19 @@ def states(*shape: int) -> Tensor:
 
 def test_torch_here_has_onednn():
     """Where a new torch has lost the operator, all is slower and nothing else would say so."""
-    assert library() == "oneDNN"
+    assert has_onednn()
+
+
+@pytest.mark.parametrize(("vendor", "takes"), [("AuthenticAMD", "oneDNN"), ("GenuineIntel", "torch"), ("", "torch")])
+def test_where_it_is_the_faster_one(monkeypatch, vendor, takes):
+    monkeypatch.setattr(src.linear, "cpu_vendor", lambda: vendor)
+    assert library() == takes
 
 
 @pytest.mark.parametrize("kind", ["v", "d"])
 def test_not_where_addresses_are_limited(kind):
-    command = f"ulimit -{kind} 50000000 && exec {sys.executable} -c 'from src.linear import library; print(library())'"
+    code = 'import src.linear as it; it.cpu_vendor = lambda: "AuthenticAMD"; print(it.library())'
+    command = f"ulimit -{kind} 50000000 && exec {sys.executable} -c '{code}'"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "torch\n"
 
@@ -132,8 +140,10 @@ def test_only_plain_linear_layers_change():
 def test_a_models_frozen_layers_use_it_forward_and_back(tiny):
     """Four blocks of seven matrices, all forward. Back, the first block's input has no gradient."""
     source, target = words(tiny)
-    packs(tiny.model, source)  # tries the model, once
+    model = copy.deepcopy(tiny.model)
+    multiply_by_onednn(model)
+    packs(model, source)  # tries the model, once
     schedule = Schedule(epochs=1, batch_size=len(source), learning_rate=1e-3)
-    with adapter(tiny.model, LORA, [1], seed=0) as adapted, Operators() as seen:
+    with adapter(model, LORA, [1], seed=0) as adapted, Operators() as seen:
         train(adapted, source, target, OWN, Objective("triplet", (4,)), schedule)
     assert sum("linear_pointwise" in name for name in seen.names) == 4 * 7 + 3 * 7 + 4
