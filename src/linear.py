@@ -16,8 +16,8 @@ from src.machine import cpu_vendor
 def library() -> str:
     """What multiplies a model's frozen float32 weights on this machine: "oneDNN", or what "torch" takes itself.
 
-    torch takes MKL, which prefers Intel's processors: oneDNN has 1.05 to 1.2 times its rate on an AMD EPYC, and 0.75 to
-    1.0 of it on an Intel Xeon (`python -m bench.products`). Not where addresses are limited (`ulimit -v`, as some
+    torch takes MKL, which prefers Intel's processors: oneDNN has 1.05 to 1.2 times its rate on an AMD EPYC, and 0.73 to
+    1.03 times on an Intel Xeon (`python -m bench.products`). Not where addresses are limited (`ulimit -v`, as some
     clusters have it): short of room for its code, oneDNN crashes.
     """
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]

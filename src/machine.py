@@ -25,20 +25,21 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def cpu_vendor() -> str:
-    """ "AuthenticAMD", "GenuineIntel", …; empty where Linux names none, or it isn't Linux."""
-    return _cpuinfo("vendor_id") or ""
+    """As Linux names it: AuthenticAMD, GenuineIntel, …; empty where it names none, or isn't there."""
+    return _cpuinfo("vendor_id")
 
 
 def _cpu() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def _cpuinfo(key: str) -> str | None:
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first core; empty where it doesn't."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def versions() -> dict[str, str]:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import src.linear
+from src import linear, models
+from src.config import QuantConfig
 from src.layers import packs
 from src.linear import has_onednn, library, multiply_by_onednn
-from src.models import adapter
+from src.models import LoadedModel, adapter, load_model
 from src.training import Objective, Schedule, train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, model_config
 from tests.test_training import LORA, OWN, words
 
 
@@ -57,7 +58,7 @@ def test_torch_here_has_onednn():
 
 @pytest.mark.parametrize(("vendor", "takes"), [("AuthenticAMD", "oneDNN"), ("GenuineIntel", "torch"), ("", "torch")])
 def test_where_it_is_the_faster_one(monkeypatch, vendor, takes):
-    monkeypatch.setattr(src.linear, "cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(linear, "cpu_vendor", lambda: vendor)
     assert library() == takes
 
 
@@ -137,13 +138,25 @@ def test_only_plain_linear_layers_change():
     assert type(model[1]) is not nn.Linear
 
 
-def test_a_models_frozen_layers_use_it_forward_and_back(tiny):
+def loaded(monkeypatch, library: str) -> LoadedModel:
+    """The tiny model as a machine loads it where this is the faster library."""
+    monkeypatch.setattr(models, "library", lambda: library)
+    monkeypatch.setattr(models, "_held", {})
+    return load_model(model_config(), QuantConfig("none", False))
+
+
+def test_a_models_frozen_layers_use_it_forward_and_back(monkeypatch):
     """Four blocks of seven matrices, all forward. Back, the first block's input has no gradient."""
+    tiny = loaded(monkeypatch, "oneDNN")
     source, target = words(tiny)
-    model = copy.deepcopy(tiny.model)
-    multiply_by_onednn(model)
-    packs(model, source)  # tries the model, once
+    packs(tiny.model, source)  # tries the model, once
     schedule = Schedule(epochs=1, batch_size=len(source), learning_rate=1e-3)
-    with adapter(model, LORA, [1], seed=0) as adapted, Operators() as seen:
+    with adapter(tiny.model, LORA, [1], seed=0) as adapted, Operators() as seen:
         train(adapted, source, target, OWN, Objective("triplet", (4,)), schedule)
     assert sum("linear_pointwise" in name for name in seen.names) == 4 * 7 + 3 * 7 + 4
+
+
+def test_a_model_loaded_elsewhere_is_torchs(monkeypatch):
+    tiny = loaded(monkeypatch, "torch")
+    source, _ = words(tiny)
+    assert not by_onednn(lambda: packs(tiny.model, source))
