@@ -335,17 +335,25 @@ def start(repeats: int) -> None:
         print(f"python -m src.run {' '.join(flags)}: {median(values):.2f} s")
 
 
+QUANTS = {
+    "none": ("quant=none",),
+    "nf4": ("quant=nf4",),
+    "nf4 in float32": ("quant=nf4", "quant.compute_dtype=float32"),
+}
+
+
 def nf4(repeats: int) -> None:
     """What 4-bit weights cost on a CPU: an epoch over 128 pairs, and the encoding of 256 words."""
     contenders: dict[str, Callable[[], Any]] = {}
-    for quant in ("none", "nf4"):
-        it = prepared(setting(f"quant={quant}", "train.epochs=1", "dataset.limit=150", "dataset.control_size=22"))
+    few = ("train.epochs=1", "dataset.limit=150", "dataset.control_size=22")
+    for name, quant in QUANTS.items():
+        it = prepared(setting(*quant, *few))
         for read in ((2,), ("final",)):
-            contenders[f"train at {read[0]}, {quant}"] = lambda it=it, read=read: _epoch(it, read)
-            if quant == "nf4":
-                each_time = f"train at {read[0]}, nf4, unpacked at each product"
+            contenders[f"train at {read[0]}, {name}"] = lambda it=it, read=read: _epoch(it, read)
+            if quant != QUANTS["none"]:
+                each_time = f"train at {read[0]}, {name}, unpacked at each product"
                 contenders[each_time] = lambda it=it, read=read: _epoch_of_packed(it, read)
-        contenders[f"encode, {quant}"] = lambda it=it: encode(it.loaded.model, [*it.source[:128], *it.target[:128]])
+        contenders[f"encode, {name}"] = lambda it=it: encode(it.loaded.model, [*it.source[:128], *it.target[:128]])
         _held.clear()  # the next model must not push this one out: both take turns
     seconds = take_turns(contenders, repeats)
     for part in ("train at 2", "train at final", "encode"):

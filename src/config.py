@@ -56,6 +56,7 @@ class ModelConfig:
 class QuantConfig:
     name: str
     double_quant: bool
+    compute_dtype: str
 
 
 @dataclass
@@ -148,6 +149,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attention": ("sdpa", "eager", "flash_attention_2"),
     "quant.name": ("none", "nf4", "int8"),
+    "quant.compute_dtype": ("bfloat16", "float32"),
     "lora.init": ("default", "gaussian", "pissa", "olora"),
     "dataset.source": ("builtin", "freedict", "file"),
     "objective.name": ("triplet", "infonce"),

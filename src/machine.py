@@ -29,6 +29,12 @@ def cpu_vendor() -> str:
     return _cpuinfo("vendor_id")
 
 
+def lacks_bfloat16() -> bool:
+    """Whether Linux lists this processor's instructions, and none for bfloat16 is among them."""
+    listed = _cpuinfo("flags") or _cpuinfo("Features")  # x86 or ARM
+    return bool(listed) and "bf16" not in listed
+
+
 def _cpu() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 

@@ -22,6 +22,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from src import console
 from src.config import LoraConfig, ModelConfig, QuantConfig, own_folder
 from src.errors import UserError
 from src.files import (
@@ -36,6 +37,7 @@ from src.files import (
 )
 from src.layers import Below, Layer, blocks, depth, peft_indices
 from src.linear import library, multiply_by_onednn
+from src.machine import lacks_bfloat16
 from src.memory import ran_out
 from src.packaged import packaged_folder
 from src.process import importing
@@ -94,6 +96,8 @@ def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
     disable_progress_bar()  # ours say what takes long
     log.info("loading %s in process %d with %d threads", config.name, os.getpid(), torch.get_num_threads())
     device = _device(config)
+    if quant.name == "nf4" and quant.compute_dtype == "bfloat16" and device == "cpu" and lacks_bfloat16():
+        console.say("this processor has no instructions for bfloat16: quant.compute_dtype=float32 is quicker here")
     cache = Path(constants.HF_HUB_CACHE) if config.source == "hub" else cache_dir() / "models"
     with room_for(cache, "HF_HUB_CACHE" if config.source == "hub" else "TLI_CACHE"):
         folder, revision = _locate(config)
@@ -253,7 +257,7 @@ def _quantization(quant: QuantConfig) -> Any:
             return BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_compute_dtype=getattr(torch, quant.compute_dtype),
                 bnb_4bit_use_double_quant=quant.double_quant,
             )
         case "int8":
@@ -273,7 +277,7 @@ def _keep_4bit_weights(model: PreTrainedModel) -> None:
 
 @contextmanager
 def unpacked(model: nn.Module, read: Sequence[Layer], below: Below | None = None) -> Iterator[None]:
-    """Keeps the 4-bit weights of blocks that a loss at `read` runs, from `below` on, as bfloat16 meanwhile, on a CPU.
+    """Keeps the 4-bit weights of blocks that a loss at `read` runs, from `below` on, unpacked meanwhile, on a CPU.
 
     bitsandbytes unpacks them at every forward and again at every backward; the numbers are the same to the bit. Where
     they would take more than UNPACKED_BYTES, or on a GPU, nothing happens.
@@ -289,7 +293,8 @@ def unpacked(model: nn.Module, read: Sequence[Layer], below: Below | None = None
         for module in stack[index].modules()
         if isinstance(module, Linear4bit) and module.weight.device.type == "cpu"
     ]
-    if 2 * sum(math.prod(module.weight.quant_state.shape) for module in packed) > UNPACKED_BYTES:
+    sizes = [module.compute_dtype.itemsize * math.prod(module.weight.quant_state.shape) for module in packed]
+    if sum(sizes) > UNPACKED_BYTES:
         packed = []
     try:
         for module in packed:

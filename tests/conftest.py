@@ -41,6 +41,13 @@ def model_config(**values: object) -> ModelConfig:
     return ModelConfig(**merged)
 
 
+def quant_config(name: str = "none", **values: object) -> QuantConfig:
+    """conf/quant/<name>.yaml, with other values where given."""
+    from omegaconf import OmegaConf
+
+    return QuantConfig(**{**OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/quant/{name}.yaml")), **values})  # pyright: ignore
+
+
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Runs `python -m src.run` in this process and returns its exit status; its signal handlers don't stay."""
     from src import run as command
@@ -88,7 +95,7 @@ def free_port() -> int:
 @pytest.fixture
 def tiny() -> LoadedModel:
     """The random Llama of 4 blocks with one token a character."""
-    return load_model(model_config(), QuantConfig("none", False))
+    return load_model(model_config(), quant_config())
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 
 from src import models, report, sync, tracking, ui
-from src.config import QuantConfig
 from src.errors import UserError
 from src.files import made_once
 from src.models import LoadedModel, load_model
 from src.results import PRUNED, DamageError, outcome, read_document, read_results, write_results, write_table
-from tests.conftest import Cli, call_command, model_config, run_command
+from tests.conftest import Cli, call_command, model_config, quant_config, run_command
 from tests.test_sweep import TINY, documents
 from tests.test_tracking import job_folder
 
@@ -282,11 +281,11 @@ def test_a_model_that_lacks_weights_is_refused_by_name(
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(models, "_held", {})
-    load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("none", False))
+    load_model(model_config(source="hub", id=str(tmp_path)), quant_config())
     weights = load_file(tmp_path / "model.safetensors")
     name = "model.layers.2.mlp.up_proj.weight"
     del weights[name]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(models, "_held", {})
     with pytest.raises(UserError, match=f"lacks the weights {name}; get the model anew"):
-        load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("none", False))
+        load_model(model_config(source="hub", id=str(tmp_path)), quant_config())

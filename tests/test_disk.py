@@ -16,13 +16,12 @@ import pytest
 import torch
 
 from src import baseline, models, study, sync, tracking, vectors
-from src.config import QuantConfig
 from src.errors import DiskError
 from src.layers import tokenize
 from src.models import LoadedModel
 from src.vectors import encode_words
 from tests import mounts
-from tests.conftest import Cli, model_config
+from tests.conftest import Cli, model_config, quant_config
 from tests.mounts import Disk, bound, disk, read_only
 from tests.test_tracking import client
 
@@ -188,7 +187,7 @@ def test_a_download_that_finds_no_room_names_the_hubs_cache(tmp_path: Path, monk
         monkeypatch.setattr(models, "_from_hub", lambda _: (small.folder / "weights").write_bytes(bytes(100_000)))
         said = f"^{small.folder} can't be written: its disk is full; free some space, or have HF_HUB_CACHE name another"
         with pytest.raises(DiskError, match=said):
-            models.load_model(model_config(source="hub", id="nobody/nothing"), QuantConfig("none", False))
+            models.load_model(model_config(source="hub", id="nobody/nothing"), quant_config())
 
 
 @needs_mounts

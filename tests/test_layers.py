@@ -93,11 +93,10 @@ def test_vectors_depend_neither_on_batch_size_nor_order_nor_padding_side(order, 
 
 @pytest.fixture(scope="module")
 def tiny_module():
-    from src.config import QuantConfig
     from src.models import load_model
-    from tests.conftest import model_config
+    from tests.conftest import model_config, quant_config
 
-    loaded = load_model(model_config(), QuantConfig("none", False))
+    loaded = load_model(model_config(), quant_config())
     words = ["maji", "nyumba kubwa", "a", "über", *(chr(97 + i % 26) * (1 + i % 7) for i in range(36))]
     return loaded.model, loaded.tokenizer, words, encode(loaded.model, tokenize(words, loaded.tokenizer))
 

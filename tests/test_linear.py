@@ -11,12 +11,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import linear, models
-from src.config import QuantConfig
 from src.layers import packs
 from src.linear import has_onednn, library, multiply_by_onednn
 from src.models import LoadedModel, adapter, load_model
 from src.training import Objective, Schedule, train
-from tests.conftest import ROOT, model_config
+from tests.conftest import ROOT, model_config, quant_config
 from tests.test_training import LORA, OWN, words
 
 
@@ -142,7 +141,7 @@ def loaded(monkeypatch, library: str) -> LoadedModel:
     """The tiny model as a machine loads it where this is the faster library."""
     monkeypatch.setattr(models, "library", lambda: library)
     monkeypatch.setattr(models, "_held", {})
-    return load_model(model_config(), QuantConfig("none", False))
+    return load_model(model_config(), quant_config())
 
 
 def test_a_models_frozen_layers_use_it_forward_and_back(monkeypatch):

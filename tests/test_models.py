@@ -2,20 +2,18 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 
-from src import models
-from src.config import QuantConfig
+from src import console, machine, models
 from src.errors import UserError
 from src.layers import encode, tokenize
 from src.models import adapter, load_model, save_adapter, unpacked
-from tests.conftest import model_config
+from tests.conftest import model_config, quant_config
 from tests.test_training import LORA
-
-NONE = QuantConfig("none", False)
 
 
 def state(model):
@@ -70,7 +68,7 @@ def test_a_failed_attach_does_not_spoil_the_next_job(tiny):
     broken = replace(LORA, target_modules=["q_proj", "v_proj"], rank=-1)  # what PEFT refuses
     with pytest.raises(ValueError, match=r"rank|`r`"), adapter(tiny.model, broken, [1, 2], seed=0):
         pass
-    again = load_model(model_config(), NONE)
+    again = load_model(model_config(), quant_config())
     with adapter(again.model, LORA, [1, 2], seed=0):
         pass
 
@@ -91,17 +89,17 @@ def test_a_folder_that_has_changed_is_loaded_anew(tiny, tmp_path):
     found = []
     for model in (tiny.model, changed):
         model.save_pretrained(tmp_path)
-        found.append(load_model(ours, NONE))
-        assert load_model(ours, NONE) is found[-1]
+        found.append(load_model(ours, quant_config()))
+        assert load_model(ours, quant_config()) is found[-1]
     first, second = (loaded.model.get_input_embeddings().weight for loaded in found)
     assert torch.equal(2 * first, second)
     assert len({loaded.identity for loaded in found}) == len({loaded.contents for loaded in found}) == 2
 
 
 def test_a_model_is_loaded_once(tiny):
-    assert load_model(model_config(), NONE).model is tiny.model
-    assert load_model(model_config(n_layers=3), NONE).model is not tiny.model
-    assert load_model(model_config(n_layers=3), NONE).identity != tiny.identity
+    assert load_model(model_config(), quant_config()).model is tiny.model
+    assert load_model(model_config(n_layers=3), quant_config()).model is not tiny.model
+    assert load_model(model_config(n_layers=3), quant_config()).identity != tiny.identity
 
 
 class TestRefused:
@@ -109,32 +107,32 @@ class TestRefused:
         with pytest.raises(
             UserError, match=r"model.id=nobody/nothing is not in this machine's cache and HF_HUB_OFFLINE"
         ):
-            load_model(model_config(source="hub", id="nobody/nothing", n_layers=None), NONE)
+            load_model(model_config(source="hub", id="nobody/nothing", n_layers=None), quant_config())
 
     def test_a_folder_that_is_not_there(self):
         with pytest.raises(UserError, match=r"there is no such folder"):
-            load_model(model_config(source="hub", id="/no/such/folder", n_layers=None), NONE)
+            load_model(model_config(source="hub", id="/no/such/folder", n_layers=None), quant_config())
 
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(UserError, match=r"holds no model"):
-            load_model(model_config(source="hub", id=str(tmp_path), n_layers=None), NONE)
+            load_model(model_config(source="hub", id=str(tmp_path), n_layers=None), quant_config())
 
     def test_pickled_weights(self, tiny, tmp_path):
         tiny.model.config.save_pretrained(tmp_path)
         tiny.tokenizer.save_pretrained(tmp_path)
         torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
         with pytest.raises(UserError, match=r"holds no safetensors"):
-            load_model(model_config(source="hub", id=str(tmp_path), n_layers=None), NONE)
+            load_model(model_config(source="hub", id=str(tmp_path), n_layers=None), quant_config())
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_a_gpu_that_is_not_there(self):
         with pytest.raises(UserError, match=r"model.device=cuda: torch sees no such GPU"):
-            load_model(model_config(device="cuda"), NONE)
+            load_model(model_config(device="cuda"), quant_config())
 
     @pytest.mark.parametrize("device", ["mps", "meta", "cuda:x", "gpu"])
     def test_a_device_that_is_none(self, device):
         with pytest.raises(UserError, match=f"model.device={device}: must be auto, cpu, cuda"):
-            load_model(model_config(device=device), NONE)
+            load_model(model_config(device=device), quant_config())
 
     def test_damaged_weights(self, tiny, tmp_path):
         tiny.model.save_pretrained(tmp_path)
@@ -142,27 +140,28 @@ class TestRefused:
         whole = (tmp_path / "model.safetensors").read_bytes()
         (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match="can't be loaded"):
-            load_model(model_config(source="hub", id=str(tmp_path)), NONE)
+            load_model(model_config(source="hub", id=str(tmp_path)), quant_config())
 
     def test_an_unknown_package(self):
         with pytest.raises(UserError, match=r"packaged models are smollm2_135m, gemma3_270m"):
-            load_model(model_config(source="packaged", id="gpt5"), NONE)
+            load_model(model_config(source="packaged", id="gpt5"), quant_config())
 
     def test_a_depth_that_is_not_the_models(self, tiny, tmp_path):
         tiny.model.save_pretrained(tmp_path)
         tiny.tokenizer.save_pretrained(tmp_path)
         with pytest.raises(UserError, match=r"n_layers=7, but .* has 4 blocks"):
-            load_model(model_config(source="hub", id=str(tmp_path), n_layers=7), NONE)
+            load_model(model_config(source="hub", id=str(tmp_path), n_layers=7), quant_config())
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_nf4_on_the_cpu_stays_close_and_trains(tiny, tmp_path, double):
+@pytest.mark.parametrize(("double", "computing"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float32")])
+def test_nf4_on_the_cpu_stays_close_and_trains(tiny, tmp_path, double, computing):
     from src.training import Objective, Schedule, train
     from tests.test_training import OWN, SOURCE, TARGET
 
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
-    loaded = load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("nf4", double))
+    quant = quant_config("nf4", double_quant=double, compute_dtype=computing)
+    loaded = load_model(model_config(source="hub", id=str(tmp_path)), quant)
     assert any("Linear4bit" in type(module).__name__ for module in loaded.model.modules())
     prompts = tokenize(SOURCE, loaded.tokenizer)
     close = (encode(loaded.model, prompts) * encode(tiny.model, prompts)).sum(-1)
@@ -178,7 +177,7 @@ def test_nf4_on_the_cpu_stays_close_and_trains(tiny, tmp_path, double):
 def test_4_bit_weights_are_unpacked_up_to_the_loss_and_within_bounds(tiny, tmp_path, monkeypatch):
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
-    model = load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("nf4", False)).model
+    model = load_model(model_config(source="hub", id=str(tmp_path)), quant_config("nf4")).model
 
     def held() -> list[str]:
         return [name for name, module in model.named_modules() if "forward" in vars(module)]
@@ -192,9 +191,46 @@ def test_4_bit_weights_are_unpacked_up_to_the_loss_and_within_bounds(tiny, tmp_p
         assert not held()
 
 
+def test_nf4_computes_in_what_is_asked(tiny, tmp_path):
+    """With float32 a 4-bit matrix gives the product with its own unpacked numbers, with bfloat16 a rounded one."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    states, errors = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), {}
+    for computing in ("bfloat16", "float32"):
+        loaded = load_model(model_config(source="hub", id=str(tmp_path)), quant_config("nf4", compute_dtype=computing))
+        module: Any = next(each for each in loaded.model.modules() if "Linear4bit" in type(each).__name__)
+        exact = states @ dequantize_4bit(module.weight.data.view(-1, 1), module.weight.quant_state).float().T
+        errors[computing] = float((module(states) - exact).abs().max())
+    assert errors["float32"] < 1e-5 < 1e-3 < errors["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "lacks"),
+    [
+        ("flags : fma avx512f avx512_bf16", False),
+        ("Features : fp asimd bf16", False),
+        ("flags : fma", True),
+        ("", False),
+    ],
+)
+def test_who_computes_in_4_bits_hears_that_the_processor_lacks_bfloat16(tiny, tmp_path, monkeypatch, listed, lacks):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    key, _, value = listed.partition(" : ")
+    monkeypatch.setattr(machine, "_cpuinfo", lambda asked: value if asked == key else "")
+    said: list[str] = []
+    monkeypatch.setattr(console, "say", said.append)
+    for computing in ("float32", "bfloat16"):
+        load_model(model_config(source="hub", id=str(tmp_path)), quant_config("nf4", compute_dtype=computing))
+    assert len(said) == lacks
+    assert all("quant.compute_dtype=float32" in line for line in said)
+
+
 def test_int8(tiny, tmp_path):
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
-    loaded = load_model(model_config(source="hub", id=str(tmp_path)), QuantConfig("int8", False))
+    loaded = load_model(model_config(source="hub", id=str(tmp_path)), quant_config("int8"))
     prompts = tokenize(["maji", "nyumba"], loaded.tokenizer)
     assert (encode(loaded.model, prompts) * encode(tiny.model, prompts)).sum(-1).min() > 0.9

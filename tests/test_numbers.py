@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from src.config import QuantConfig
 from src.errors import NumbersError
 from src.finite import check_weights
 from src.layers import Prompt, encode
 from src.models import load_model
-from tests.conftest import model_config, run_command
+from tests.conftest import model_config, quant_config, run_command
 
 RUN = (
     "model=hub", "model.n_layers=4", "dataset.limit=60", "dataset.control_size=15", "train.epochs=1",
@@ -49,7 +48,7 @@ def failed(monkeypatch, tmp_path, capsys) -> Callable[..., str]:
 
 def tiny_folder(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
     """The tiny model in a folder of its own, with changed weights."""
-    loaded = load_model(model_config(), QuantConfig("none", False))
+    loaded = load_model(model_config(), quant_config())
     weights = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
     change(weights)
     loaded.model.save_pretrained(folder, state_dict=weights)
@@ -76,7 +75,7 @@ def test_a_damaged_weight_is_named(failed, name, bad):
     assert said == f"the weight {name} holds numbers that aren't finite: the model's files are damaged, get them anew"
 
 
-@pytest.mark.parametrize("quant", [QuantConfig("nf4", True), QuantConfig("nf4", False), QuantConfig("int8", False)])
+@pytest.mark.parametrize("quant", [quant_config("nf4", double_quant=True), quant_config("nf4"), quant_config("int8")])
 def test_a_damaged_weight_is_named_after_quantising(tmp_path, quant):
     folder = tiny_folder(tmp_path, spoilt(BLOCK, math.nan))
     with pytest.raises(NumbersError, match=f"the weight {BLOCK} holds"):

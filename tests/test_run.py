@@ -131,10 +131,9 @@ import csv, sys, torch
 from peft import PeftModel
 from torch.nn.functional import normalize
 sys.path.insert(0, sys.argv[2])
-from tests.conftest import model_config
-from src.config import QuantConfig
+from tests.conftest import model_config, quant_config
 from src.models import load_model
-base = load_model(model_config(), QuantConfig("none", False))
+base = load_model(model_config(), quant_config())
 model = PeftModel.from_pretrained(base.model, sys.argv[1] + "/adapter").eval()
 def vector(word):
     ids = torch.tensor([base.tokenizer(word)["input_ids"]])

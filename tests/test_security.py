@@ -19,10 +19,9 @@ import pytest
 import torch
 
 from src import tracking
-from src.config import QuantConfig
 from src.errors import UserError
 from src.models import LoadedModel, load_model
-from tests.conftest import ROOT, free_port, model_config, run_command
+from tests.conftest import ROOT, free_port, model_config, quant_config, run_command
 
 SECRET = "geh3imnis"
 SMALL = (
@@ -53,7 +52,7 @@ def planted(tiny: LoadedModel, tmp_path: Path) -> Path:
 
 
 def loaded(folder: Path, **values: object) -> LoadedModel:
-    return load_model(model_config(source="hub", id=str(folder), n_layers=None, **values), QuantConfig("none", False))
+    return load_model(model_config(source="hub", id=str(folder), n_layers=None, **values), quant_config())
 
 
 def refusal(folder: Path, **values: object) -> str:
