@@ -40,6 +40,7 @@ from src import below, study
 from src.config import Config, read_config, register
 from src.layers import blocks, encode, tokenize, tree_size
 from src.linear import library, product
+from src.machine import machine
 from src.models import LoadedModel, _held, adapter, load_model
 from src.packaged import packaged_folder
 from src.pairs import read_words
@@ -58,7 +59,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {arguments.repeats}", flush=True)
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}, products by {library()}"
+    print(f"{machine('cpu')['cpu']}, {threads}, medians of {arguments.repeats}", flush=True)
     for name, part in parts.items():
         if not arguments.only or name in arguments.only:
             print(f"\n## {name}\n", flush=True)
@@ -265,6 +267,7 @@ def _matrices(loaded: LoadedModel) -> list[torch.Tensor]:
 
 SWEPT = ("lora.layers=[1],[2],[1,2],[1,2,3]", "lora.rank=4,8,16")
 ACROSS = ("lora.layers=[4],[10],[16],[22]", "lora.rank=4,8,16")
+ARITHMETIC = "its training and its encoding"
 PROCESSES = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
@@ -285,7 +288,7 @@ def _swept(repeats: int, swept: Sequence[str], adapted: Sequence[int], ours: dic
     """
     script = [sys.executable, "-m", "bench.script", str(packaged_folder(str(setting().model.id))), *map(str, adapted)]
     seconds: Measured = {"(a) twelve runs (one timed, × 12)": []} | {name: [] for name in ours}
-    parts: Measured = {"a further job": [], "its training and its encoding": [], "MLflow": []}
+    parts: Measured = {name: [] for name in ("a further job", ARITHMETIC, "its measuring", "the rest", "of it MLflow")}
     for _ in range(repeats):
         began = time.perf_counter()
         subprocess.run(script, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -300,7 +303,7 @@ def _swept(repeats: int, swept: Sequence[str], adapted: Sequence[int], ours: dic
                         parts[part].append(value)
     table(seconds, "TLI Lab, 12 jobs")
     print("\nWithin the sweep of one process, medians of its jobs but the first:\n")
-    table(parts, "its training and its encoding")
+    table(parts, ARITHMETIC)
 
 
 def _sweep(folder: Path, arguments: Sequence[str]) -> None:
@@ -311,16 +314,21 @@ def _sweep(folder: Path, arguments: Sequence[str]) -> None:
 
 
 def _marginal(folder: Path) -> dict[str, float]:
-    """Seconds from one job's results to the next one's, of their arithmetic, and from results to the closed run."""
+    """Seconds from one job's results to the next one's, of their parts, and from results to the closed run."""
     jobs = sorted((folder / "multirun").rglob("results.json"), key=lambda file: file.stat().st_mtime)
     ends = [file.stat().st_mtime for file in jobs]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in jobs]
     with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as database:
         closed = dict(database.execute("SELECT run_uuid, end_time / 1000.0 FROM runs"))
+    whole = [after - before for before, after in itertools.pairwise(ends)]
+    arithmetic = [job["time/train_s"] + job["time/encode_s"] for job in found[1:]]
+    measuring = [job["time/measure_s"] for job in found[1:]]
     return {
-        "a further job": median(after - before for before, after in itertools.pairwise(ends)),
-        "its training and its encoding": median(job["time/train_s"] + job["time/encode_s"] for job in found[1:]),
-        "MLflow": median(closed[results["mlflow_run_id"]] - end for results, end in zip(found, ends, strict=True)),
+        "a further job": median(whole),
+        ARITHMETIC: median(arithmetic),
+        "its measuring": median(measuring),
+        "the rest": median(job - own - extra for job, own, extra in zip(whole, arithmetic, measuring, strict=True)),
+        "of it MLflow": median(closed[job["mlflow_run_id"]] - end for job, end in zip(found, ends, strict=True)),
     }
 
 

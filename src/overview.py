@@ -111,4 +111,4 @@ def _short(name: str, most: int = 48) -> str:
 
 def _as_percent(axes: Axes, side: str) -> None:
     axis = axes.xaxis if side == "x" else axes.yaxis
-    axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.set_major_formatter(PercentFormatter(1))
