@@ -12,9 +12,10 @@ export PYTHONPATH := $(CURDIR)
 run: $(READY)
 	$(BIN)/python -m src.run $(ARGS)
 
-# Two processes of one thread each: many tests wait for other programs.
+# Two processes of one thread each: many tests wait for other programs. In the files' own order: xdist would keep those
+# with few tests for the end, which are the longest, and one process would wait for the other.
 test: lint audit debian ray
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Known vulnerabilities of the locked packages, where PyPI can be asked.
 audit: $(READY)
