@@ -288,7 +288,7 @@ def _swept(repeats: int, swept: Sequence[str], adapted: Sequence[int], ours: dic
     """
     script = [sys.executable, "-m", "bench.script", str(packaged_folder(str(setting().model.id))), *map(str, adapted)]
     seconds: Measured = {"(a) twelve runs (one timed, × 12)": []} | {name: [] for name in ours}
-    parts: Measured = {name: [] for name in ("a further job", ARITHMETIC, "its measuring", "the rest", "of it MLflow")}
+    parts: Measured = {}
     for _ in range(repeats):
         began = time.perf_counter()
         subprocess.run(script, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -300,7 +300,7 @@ def _swept(repeats: int, swept: Sequence[str], adapted: Sequence[int], ours: dic
                 seconds[name].append(time.perf_counter() - began)
                 if not launcher:
                     for part, value in _marginal(Path(place)).items():
-                        parts[part].append(value)
+                        parts.setdefault(part, []).append(value)
     table(seconds, "TLI Lab, 12 jobs")
     print("\nWithin the sweep of one process, medians of its jobs but the first:\n")
     table(parts, ARITHMETIC)
@@ -358,7 +358,7 @@ def nf4(repeats: int) -> None:
         it = prepared(setting(*quant, *few))
         for read in ((2,), ("final",)):
             contenders[f"train at {read[0]}, {name}"] = lambda it=it, read=read: _epoch(it, read)
-            if quant != QUANTS["none"]:
+            if name != "none":
                 each_time = f"train at {read[0]}, {name}, unpacked at each product"
                 contenders[each_time] = lambda it=it, read=read: _epoch_of_packed(it, read)
         contenders[f"encode, {name}"] = lambda it=it: encode(it.loaded.model, [*it.source[:128], *it.target[:128]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def _cpu() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
+@cache
 def _cpuinfo(key: str) -> str:
     """What Linux says of the first core; empty where it doesn't."""
     try:

@@ -16,6 +16,14 @@ from tests.conftest import model_config, quant_config
 from tests.test_training import LORA
 
 
+@pytest.fixture
+def own(tiny, tmp_path):
+    """The tiny model as a user's own, in tmp_path."""
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    return model_config(source="hub", id=str(tmp_path))
+
+
 def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -134,34 +142,28 @@ class TestRefused:
         with pytest.raises(UserError, match=f"model.device={device}: must be auto, cpu, cuda"):
             load_model(model_config(device=device), quant_config())
 
-    def test_damaged_weights(self, tiny, tmp_path):
-        tiny.model.save_pretrained(tmp_path)
-        tiny.tokenizer.save_pretrained(tmp_path)
+    def test_damaged_weights(self, own, tmp_path):
         whole = (tmp_path / "model.safetensors").read_bytes()
         (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match="can't be loaded"):
-            load_model(model_config(source="hub", id=str(tmp_path)), quant_config())
+            load_model(own, quant_config())
 
     def test_an_unknown_package(self):
         with pytest.raises(UserError, match=r"packaged models are smollm2_135m, gemma3_270m"):
             load_model(model_config(source="packaged", id="gpt5"), quant_config())
 
-    def test_a_depth_that_is_not_the_models(self, tiny, tmp_path):
-        tiny.model.save_pretrained(tmp_path)
-        tiny.tokenizer.save_pretrained(tmp_path)
+    def test_a_depth_that_is_not_the_models(self, own):
         with pytest.raises(UserError, match=r"n_layers=7, but .* has 4 blocks"):
-            load_model(model_config(source="hub", id=str(tmp_path), n_layers=7), quant_config())
+            load_model(replace(own, n_layers=7), quant_config())
 
 
 @pytest.mark.parametrize(("double", "computing"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float32")])
-def test_nf4_on_the_cpu_stays_close_and_trains(tiny, tmp_path, double, computing):
+def test_nf4_on_the_cpu_stays_close_and_trains(own, tiny, double, computing):
     from src.training import Objective, Schedule, train
     from tests.test_training import OWN, SOURCE, TARGET
 
-    tiny.model.save_pretrained(tmp_path)
-    tiny.tokenizer.save_pretrained(tmp_path)
     quant = quant_config("nf4", double_quant=double, compute_dtype=computing)
-    loaded = load_model(model_config(source="hub", id=str(tmp_path)), quant)
+    loaded = load_model(own, quant)
     assert any("Linear4bit" in type(module).__name__ for module in loaded.model.modules())
     prompts = tokenize(SOURCE, loaded.tokenizer)
     close = (encode(loaded.model, prompts) * encode(tiny.model, prompts)).sum(-1)
@@ -174,10 +176,8 @@ def test_nf4_on_the_cpu_stays_close_and_trains(tiny, tmp_path, double, computing
         assert losses == train(model, prompts, targets, OWN, Objective("triplet", (2,)), Schedule(20, 9, 1e-2))
 
 
-def test_4_bit_weights_are_unpacked_up_to_the_loss_and_within_bounds(tiny, tmp_path, monkeypatch):
-    tiny.model.save_pretrained(tmp_path)
-    tiny.tokenizer.save_pretrained(tmp_path)
-    model = load_model(model_config(source="hub", id=str(tmp_path)), quant_config("nf4")).model
+def test_4_bit_weights_are_unpacked_up_to_the_loss_and_within_bounds(own, monkeypatch):
+    model = load_model(own, quant_config("nf4")).model
 
     def held() -> list[str]:
         return [name for name, module in model.named_modules() if "forward" in vars(module)]
@@ -191,15 +191,13 @@ def test_4_bit_weights_are_unpacked_up_to_the_loss_and_within_bounds(tiny, tmp_p
         assert not held()
 
 
-def test_nf4_computes_in_what_is_asked(tiny, tmp_path):
+def test_nf4_computes_in_what_is_asked(own):
     """With float32 a 4-bit matrix gives the product with its own unpacked numbers, with bfloat16 a rounded one."""
     from bitsandbytes.functional import dequantize_4bit
 
-    tiny.model.save_pretrained(tmp_path)
-    tiny.tokenizer.save_pretrained(tmp_path)
     states, errors = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), {}
     for computing in ("bfloat16", "float32"):
-        loaded = load_model(model_config(source="hub", id=str(tmp_path)), quant_config("nf4", compute_dtype=computing))
+        loaded = load_model(own, quant_config("nf4", compute_dtype=computing))
         module: Any = next(each for each in loaded.model.modules() if "Linear4bit" in type(each).__name__)
         exact = states @ dequantize_4bit(module.weight.data.view(-1, 1), module.weight.quant_state).float().T
         errors[computing] = float((module(states) - exact).abs().max())
@@ -215,22 +213,18 @@ def test_nf4_computes_in_what_is_asked(tiny, tmp_path):
         ("", False),
     ],
 )
-def test_who_computes_in_4_bits_hears_that_the_processor_lacks_bfloat16(tiny, tmp_path, monkeypatch, listed, lacks):
-    tiny.model.save_pretrained(tmp_path)
-    tiny.tokenizer.save_pretrained(tmp_path)
+def test_who_computes_in_4_bits_hears_that_the_processor_lacks_bfloat16(own, monkeypatch, listed, lacks):
     key, _, value = listed.partition(" : ")
     monkeypatch.setattr(machine, "_cpuinfo", lambda asked: value if asked == key else "")
     said: list[str] = []
     monkeypatch.setattr(console, "say", said.append)
     for computing in ("float32", "bfloat16"):
-        load_model(model_config(source="hub", id=str(tmp_path)), quant_config("nf4", compute_dtype=computing))
+        load_model(own, quant_config("nf4", compute_dtype=computing))
     assert len(said) == lacks
     assert all("quant.compute_dtype=float32" in line for line in said)
 
 
-def test_int8(tiny, tmp_path):
-    tiny.model.save_pretrained(tmp_path)
-    tiny.tokenizer.save_pretrained(tmp_path)
-    loaded = load_model(model_config(source="hub", id=str(tmp_path)), quant_config("int8"))
+def test_int8(own, tiny):
+    loaded = load_model(own, quant_config("int8"))
     prompts = tokenize(["maji", "nyumba"], loaded.tokenizer)
     assert (encode(loaded.model, prompts) * encode(tiny.model, prompts)).sum(-1).min() > 0.9
