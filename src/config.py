@@ -179,6 +179,16 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "eval.max_perplexity_increase": (0, math.inf, True),
 }
 
+# key: the one choice of its group with which it is read
+READ_WITH = {
+    "objective.margin": "triplet",
+    "objective.negatives": "triplet",
+    "objective.temperature": "infonce",
+    "objective.one_way": "infonce",
+    "quant.double_quant": "nf4",
+    "quant.compute_dtype": "nf4",
+}
+
 
 def register() -> None:
     """Makes the schema known to Hydra, under the name that conf/config.yaml starts from.
@@ -454,6 +464,16 @@ def known_depth(model: ModelConfig) -> int | None:
             raise UserError(f"model.id={model.id}: its config.json can't be read ({error})") from error
         return values.get("num_hidden_layers") or values.get("n_layer")
     return model.n_layers
+
+
+def unread(config: Config, key: str) -> str | None:
+    """What to tell of a key that changes nothing in this setting; None for one that is read."""
+    group = key.partition(".")[0]
+    if group in ("lora", "objective") and config.train.epochs == 0:
+        return f"{key} isn't read with train.epochs=0: leave it out"
+    if key in READ_WITH and (chosen := _get(config, f"{group}.name")) != READ_WITH[key]:
+        return f"{key} isn't read with {group}={chosen}: add {group}={READ_WITH[key]}, or leave it out"
+    return None
 
 
 def config_hash(config: Config) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import logging
@@ -96,6 +97,23 @@ def filled_atomically(folder: Path) -> Iterator[Path]:
             for file in work.rglob("*"):
                 _flush(file)
             work.replace(folder)
+
+
+def held(folder: Path) -> int | None:
+    """Makes the folder this process's alone, until it ends or os.close is given what this returns.
+
+    None where the file system has no such lock. Raises BlockingIOError where another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)  # of the folder itself: nothing is left in it
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return handle
 
 
 def _flush(path: Path) -> None:

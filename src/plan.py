@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import console
-from src.config import Config, config_hash, inputs_digest, read_config, run_name
+from src.config import Config, config_hash, inputs_digest, read_config, run_name, unread
 from src.errors import UserError
 from src.results import RESULTS, DamageError, is_repetition, read_results
 from src.tracking import public_uri
@@ -41,6 +41,7 @@ def plan(config: DictConfig) -> Plan:
     composed = [compose(config, number, job) for number, job in enumerate(overrides)]
     labels = [" ".join(one for one in job if bare_key(one) in swept) for job in overrides]
     configs = checked([outcome for outcome, _ in composed], labels)
+    refuse_unread(configs, swept)
     refuse_shared_folder([own for _, own in composed])
     finished = {} if configs[0].sweep.force else done_jobs(sweep_root(folder))
     digests: dict[str, str] = {}
@@ -143,6 +144,14 @@ def checked(outcomes: Sequence[Config | UserError], labels: Sequence[str]) -> li
             raise UserError(f"two jobs are the same: {twin} and {label}; leave one out")
         seen[config_hash(config)] = label
     return configs
+
+
+def refuse_unread(configs: Sequence[Config], swept: Iterable[str]) -> None:
+    """Raises UserError for a swept key that none of the jobs reads: nothing but their names would differ."""
+    for key in swept:
+        said = [unread(config, key) for config in configs]
+        if all(said):
+            raise UserError(str(said[0]))
 
 
 def identity(config: Config, digests: dict[str, str]) -> Identity:

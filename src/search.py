@@ -29,6 +29,7 @@ from src.plan import (
     given_overrides,
     identity,
     refuse_shared_folder,
+    refuse_unread,
     sweep_root,
     whole_job,
 )
@@ -90,6 +91,7 @@ class Search:
         assigned = [as_overrides(setting) for setting in settings]
         composed = [compose(self._config, 0, [*self._fixed, *overrides]) for overrides in assigned]
         configs = checked([found for found, _ in composed], [" ".join(overrides) for overrides in assigned])
+        refuse_unread(configs, map(bare_key, self._space))
         refuse_shared_folder([composed[0][1], compose(self._config, 1, [*self._fixed, *assigned[0]])[1]])
         for config in configs:
             identity(config, self._digests)

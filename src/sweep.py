@@ -5,6 +5,7 @@ python -m src.run -m lora.layers='[1],[2],[1,2]' lora.rank=4,16 objective=triple
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -23,6 +24,7 @@ from hydra.experimental.callback import Callback
 from src import console, summary, tracking, workers
 from src.config import ROOT, read_config, run_name
 from src.errors import DiskError, UserError
+from src.files import held
 from src.plan import Plan, plan, sweep_id, sweep_root, without_hydra
 from src.process import environment
 from src.results import FAILED, SETTLED, SWEEP, DamageError, outcome, read_document, write_sealed
@@ -46,6 +48,7 @@ class Sweep:
 _current: Sweep | None = None  # of this process; Hydra keeps nothing of a callback's that main could ask
 failures = 0  # of the sweep that this process closed
 place = Path()  # of the run or sweep under way, where Hydra makes its folders
+_hold: int | None = None  # on that place
 
 
 class SweepCallback(Callback):
@@ -60,6 +63,7 @@ class SweepCallback(Callback):
             if read.sweep.dry_run:
                 print(f"would run  {run_name(read)}")
                 raise SystemExit(0)
+            _take("hydra.run.dir", place)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Checks and plans all jobs, and opens the sweep's run."""
@@ -70,6 +74,15 @@ class SweepCallback(Callback):
         """Sums up; after an interruption `close` is called by main instead."""
         with _passed_on():
             close()
+
+
+def _take(key: str, folder: Path) -> None:
+    """Holds the folder until `close`. Raises UserError where another command is at work there."""
+    global _hold
+    try:
+        _hold = held(folder)
+    except BlockingIOError as error:
+        raise UserError(f"{key}: another command is at work in {folder}; choose another folder") from error
 
 
 @contextmanager
@@ -97,6 +110,7 @@ def begin(config: DictConfig) -> None:
         print(search.preview()) if search else _print_plan(planned.jobs)
         raise SystemExit(0)
     store = tracking.open_store(planned.first.tracking, ROOT)
+    _take("hydra.sweep.dir", planned.folder)
     if search:
         search.open()
     else:
@@ -318,16 +332,18 @@ def stop() -> None:
 
 
 def close() -> None:
-    """Writes down and prints how the sweep ended, after the last job or an interruption; nothing without a sweep."""
-    global _current
-    if _current is None:
-        return
+    """After the last job or an interruption: writes down and prints how a sweep ended, and lets go of the folder."""
+    global _current, _hold
     sweep, _current = _current, None
     try:
-        _close(sweep)
+        if sweep:
+            _close(sweep)
     except KeyboardInterrupt:  # a signal at this late hour: main closes it once more
         _current = sweep
         raise
+    if _hold is not None:
+        os.close(_hold)
+        _hold = None
 
 
 def _close(sweep: Sweep) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from src import summary
 from src.console import signed
+from src.files import held
 from src.plan import done_jobs, sweep_id, sweep_root
 from src.results import is_repetition, outcome, repetition, specificity_pvalue
 from tests.conftest import ROOT, Cli, call_command, run_command
@@ -231,6 +232,9 @@ def test_a_failed_job_stops_no_other_and_is_done_again(cli: Cli, store: str, tmp
         (["-m", "lora.rank=2,4", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0: give a whole"),
         (["-m", "lora.rank=interval(1,4)"], "does not support"),
         (["-m", "lora.rank=4,4"], "two jobs are the same: lora.rank=4 and lora.rank=4"),
+        (["-m", "objective.temperature=0.1,1"], "isn't read with objective=triplet: add objective=infonce"),
+        (["-m", "quant.compute_dtype=float32,bfloat16"], "compute_dtype isn't read with quant=none: add quant=nf4"),
+        (["-m", "train.epochs=0", "lora.rank=4,8"], "lora.rank isn't read with train.epochs=0: leave it out"),
         (["-m", "lora.rank=4,8", "tracking.experiment=a,b"], "tracking and sweep can't be swept"),
         (["-m", "lora.rank=4,8", "dataset=file", "dataset.path=absent.tsv"], "absent.tsv"),
         (["dataset.path=words.tsv"], "dataset.path=words.tsv isn't read with dataset.source=builtin: add dataset=file"),
@@ -246,6 +250,30 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_made(
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and said in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("sweeper", "value"), [("basic", "2,4"), ("optuna", "choice(2,4)")])
+def test_the_sweeper_s_own_params_may_stand_on_the_command_line(cli: Cli, sweeper: str, value: str) -> None:
+    params = '+hydra.sweeper.params={lora.rank:"' + value + '"}'
+    status, out, err = cli("-m", f"hydra/sweeper={sweeper}", params, "sweep.dry_run=true")
+    assert (status, err) == (0, "") and ("r2 L1 triplet" in out or "lora.rank: 2, 4" in out)
+
+
+@pytest.mark.parametrize(("arguments", "key"), [(["lora.rank=2"], "run"), (["-m", "lora.rank=2,4"], "sweep")])
+def test_a_folder_in_which_another_command_is_at_work_is_refused(
+    cli: Cli, tmp_path: Path, arguments: list[str], key: str
+) -> None:
+    command = [*arguments, f"hydra.{key}.dir={tmp_path}/mine", "tracking.backend=off"]
+    handle = held(tmp_path / "mine")
+    assert handle
+    said = f"error: hydra.{key}.dir: another command is at work in {tmp_path}/mine; choose another folder\n"
+    assert cli(*command) == (2, "", said)
+    assert list((tmp_path / "mine").iterdir()) == []
+    os.close(handle)
+    assert cli(*command)[::2] == (0, "")
+    handle = held(tmp_path / "mine")  # it has let go of it
+    assert handle
+    os.close(handle)
 
 
 def test_a_sweep_without_anything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
