@@ -298,11 +298,11 @@ def _swept(repeats: int, swept: Sequence[str], adapted: Sequence[int], ours: dic
                 began = time.perf_counter()
                 _sweep(Path(place), [*swept, *launcher])
                 seconds[name].append(time.perf_counter() - began)
-                if not launcher:
-                    for part, value in _marginal(Path(place)).items():
-                        parts.setdefault(part, []).append(value)
+                found = {"in two processes": _growth(Path(place))} if launcher else _marginal(Path(place))
+                for part, value in found.items():
+                    parts.setdefault(part, []).append(value)
     table(seconds, "TLI Lab, 12 jobs")
-    print("\nWithin the sweep of one process, medians of its jobs but the first:\n")
+    print("\nA further job of the sweep in one process, and what one adds to the sweep in two:\n")
     table(parts, ARITHMETIC)
 
 
@@ -330,6 +330,12 @@ def _marginal(folder: Path) -> dict[str, float]:
         "the rest": median(job - own - extra for job, own, extra in zip(whole, arithmetic, measuring, strict=True)),
         "of it MLflow": median(closed[job["mlflow_run_id"]] - end for job, end in zip(found, ends, strict=True)),
     }
+
+
+def _growth(folder: Path) -> float:
+    """Seconds by which each job beyond the first two, one a process, has made the sweep longer."""
+    ends = sorted(file.stat().st_mtime for file in (folder / "multirun").rglob("results.json"))
+    return (ends[-1] - ends[1]) / (len(ends) - 2)
 
 
 def start(repeats: int) -> None:

@@ -9,10 +9,10 @@ import math
 import os
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial, wraps
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -116,6 +116,26 @@ def _identity(model: PreTrainedModel, tokenizer: Any, key: str, revision: str) -
     """Names the weights and the arithmetic, so that a cached encoding is used for these alone."""
     versions = [version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")]
     return digest(key, revision, *versions, library(), model.device.type, str(len(tokenizer)))
+
+
+def import_peft() -> None:
+    """Imports PEFT, and by it bitsandbytes, which hands some functions to torch's compiler as it is imported.
+
+    Here that waits for their first call, which hardly any job makes: importing the compiler takes a second.
+    """
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled = cache(lambda: compile_now(function, **options))
+        return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_later
+    try:
+        import peft  # noqa: F401
+    finally:
+        torch.compile = compile_now
 
 
 # --- where the weights come from ----------------------------------------------------------------------------

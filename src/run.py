@@ -42,11 +42,11 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
     """
     with importing():
         from src import memory, results, study, tracking
-        from src.models import adapter, load_model, save_adapter
+        from src.models import adapter, import_peft, load_model, save_adapter
         from src.pairs import read_words
 
         if config.train.epochs:
-            import peft  # noqa: F401 (for `adapter`)
+            import_peft()
 
     clock = _Clock()
     lexicon, words = read_words(config.dataset)
@@ -232,7 +232,7 @@ def main() -> int:
     except SystemExit as end:  # Hydra would make a warning of what a callback raises
         if not isinstance(end.code, Exception):
             raise
-        return _report(end.code, None)
+        return _report(disk_error(end.code, sweep.place) or end.code, None)
     except (KeyboardInterrupt, Exception) as error:
         interrupts.arrived()
         if _signals or isinstance(error, KeyboardInterrupt):  # a library may have made an exception of its own of it

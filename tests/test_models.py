@@ -13,6 +13,7 @@ from src.errors import UserError
 from src.layers import encode, tokenize
 from src.models import adapter, load_model, save_adapter, unpacked
 from tests.conftest import model_config, quant_config
+from tests.test_tracking import run_python
 from tests.test_training import LORA
 
 
@@ -228,3 +229,24 @@ def test_int8(own, tiny):
     loaded = load_model(own, quant_config("int8"))
     prompts = tokenize(["maji", "nyumba"], loaded.tokenizer)
     assert (encode(loaded.model, prompts) * encode(tiny.model, prompts)).sum(-1).min() > 0.9
+
+
+COMPILED = """
+import torch
+compiled = []
+torch.compile = compile = lambda function, **options: compiled.append((function.__name__, options)) or function
+from src.models import import_peft
+import_peft()
+assert torch.compile is compile and not compiled
+from bitsandbytes.backends.default.ops import _dequantize_blockwise_compute as unpack
+for _ in range(2):
+    codes = torch.tensor([1, 0, 1], dtype=torch.uint8)
+    print(unpack(codes, torch.tensor([3.0]), torch.tensor([0.0, 2.0]), 4, torch.float32).tolist())
+print(compiled)
+"""
+
+
+def test_what_bitsandbytes_has_compiled_is_compiled_once_it_is_called() -> None:
+    done = run_python(COMPILED)
+    compiled = [("_dequantize_blockwise_compute", {"dynamic": False})]
+    assert done.stdout == f"[6.0, 0.0, 6.0]\n[6.0, 0.0, 6.0]\n{compiled}\n", done.stderr
