@@ -38,7 +38,7 @@ from bench.peers import Task
 from bench.scale import cache_with_models
 from src import below, study
 from src.config import Config, read_config, register
-from src.layers import blocks, encode, tokenize, tree_size
+from src.layers import Layer, blocks, encode, tokenize, tree_size
 from src.linear import library, product
 from src.machine import machine
 from src.models import LoadedModel, _held, adapter, load_model
@@ -59,8 +59,9 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}, products by {library()}"
-    print(f"{machine('cpu')['cpu']}, {threads}, medians of {arguments.repeats}", flush=True)
+    threads = f"{torch.get_num_threads()} threads, GOMP_SPINCOUNT={os.environ.get('GOMP_SPINCOUNT')}"
+    libraries = f"torch {torch.__version__}, products by {library()}"
+    print(f"{machine('cpu')['cpu']}, {threads}, {libraries}, medians of {arguments.repeats}", flush=True)
     for name, part in parts.items():
         if not arguments.only or name in arguments.only:
             print(f"\n## {name}\n", flush=True)
@@ -109,22 +110,22 @@ def silent(items: Sequence[Any], _: str) -> Sequence[Any]:
 LAYER_2 = Task(layers=(0, 1), read=2, loss="triplet")
 LAYER_16 = Task(layers=(15,), read=16, loss="triplet")
 OUTPUT = Task(layers=(0, 1, 2, 3), read=-1, loss="infonce", batch_size=64)
+_SHARED = ("lora.dropout=0", "train.epochs=1")
+AT_LAYER_2 = (*_SHARED, "lora.layers=[1,2]", "objective=triplet")
+AT_LAYER_16 = (*_SHARED, "lora.layers=[16]", "objective=triplet")
+AT_OUTPUT = (
+    *_SHARED, "lora.layers=[1,2,3,4]", "objective=infonce", "objective.layer=final", "train.batch_size=64",
+)  # fmt: skip
 
 
 def training(repeats: int) -> None:
     """An epoch over the train split: triplets at layers 2 and 16, and early adapters with InfoNCE at the output."""
-    shared = ("lora.dropout=0", "train.epochs=1")
-    layer_2 = setting(*shared, "lora.layers=[1,2]", "objective=triplet")
-    layer_16 = setting(*shared, "lora.layers=[16]", "objective=triplet")
-    output = setting(
-        *shared, "lora.layers=[1,2,3,4]", "objective=infonce", "objective.layer=final", "train.batch_size=64"
-    )
-    for title, config, task in (
-        ("Loss at layer 2, adapters in blocks 1 and 2, triplet, batch 16", layer_2, LAYER_2),
-        ("Loss at layer 16, adapter in block 16, triplet, batch 16", layer_16, LAYER_16),
-        ("Loss at the output, adapters in blocks 1 to 4, InfoNCE, batch 64", output, OUTPUT),
+    for title, overrides, task in (
+        ("Loss at layer 2, adapters in blocks 1 and 2, triplet, batch 16", AT_LAYER_2, LAYER_2),
+        ("Loss at layer 16, adapter in block 16, triplet, batch 16", AT_LAYER_16, LAYER_16),
+        ("Loss at the output, adapters in blocks 1 to 4, InfoNCE, batch 64", AT_OUTPUT, OUTPUT),
     ):
-        _training(title, config, task, repeats)
+        _training(title, setting(*overrides), task, repeats)
 
 
 def _training(title: str, config: Config, task: Task, repeats: int) -> None:
@@ -134,15 +135,10 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
     losses: dict[str, list[float]] = {}
     adapted = [index + 1 for index in task.layers]
     read = (task.read,) if task.read > 0 else ("final",)
-    words = [word for pair in pairs for word in pair]
 
     def ours(name: str = "TLI Lab") -> None:
-        with adapter(it.loaded.model, config.lora, adapted, seed=0) as model:
-            began = time.perf_counter()
-            tokenize(words, it.loaded.tokenizer)  # counted, as the peers do it in their loops
-            known = study.run_below_adapter(it, adapted)
-            losses["ours"], _ = study.train_adapter(it, model, read, known, silent)
-            spent.setdefault(name, []).append(time.perf_counter() - began)
+        seconds, losses["ours"] = epoch(it, adapted, read)
+        spent.setdefault(name, []).append(seconds)
 
     def ours_alone() -> None:
         below.kept.clear()
@@ -174,6 +170,17 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
     table({name: values[-repeats:] for name, values in spent.items()} | {"products alone": products}, "TLI Lab")
     apart = max(abs(a - b) for a, b in zip(losses["script"], losses["ours"], strict=True))
     print(f"\nLargest difference between (a)'s losses and ours over {len(losses['ours'])} steps: {apart:.1e}\n")
+
+
+def epoch(it: study.Study, adapted: Sequence[int], read: tuple[Layer, ...]) -> tuple[float, list[float]]:
+    """(seconds, losses) of our training; loading the model and attaching the adapter aren't counted."""
+    words = [word for pair in it.words.train for word in (pair.source, pair.target)]
+    with adapter(it.loaded.model, it.config.lora, adapted, seed=0) as model:
+        began = time.perf_counter()
+        tokenize(words, it.loaded.tokenizer)  # counted, as the peers do it in their loops
+        known = study.run_below_adapter(it, adapted)
+        losses, _ = study.train_adapter(it, model, read, known, silent)
+        return time.perf_counter() - began, losses
 
 
 def _tokens_of_steps(loaded: LoadedModel, call: Callable[[], Any]) -> list[int]:

@@ -6,20 +6,42 @@ import atexit
 import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+
+LOAD = Path("/proc/loadavg")
 
 
 def wait_briefly() -> None:
-    """Lets torch's idle threads spin for some microseconds before they sleep; to be called before torch is imported.
+    """Lets torch's idle threads spin for a while before they sleep; to be called before torch is imported.
 
-    Waking them costs more than most operations of a small batch: an epoch at layer 2 takes 0.6 of the time that threads
-    take which sleep at once, and 1.5 times theirs where another program keeps one of two cores; with libgomp's own long
-    spinning it is 0.54 and 1.8 (medians of 5). What the user has set stays.
+    Waking them costs more than most operations of a small batch; threads that spin keep another program from its core,
+    and then wait for one another. So they spin for long where nobody else wants a core as this process starts.
+    docs/performance.md has the numbers of both. What the user has set stays.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "2000"
+        os.environ["GOMP_SPINCOUNT"] = "20000" if _cores_are_free() else "2000"
+
+
+def _cores_are_free() -> bool:
+    """Whether there is a core for each of our threads beside what runs here; False where that can't be told."""
+    cores = os.cpu_count() or 1
+    own = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(own) if own.isdigit() else cores
+    try:
+        running = min(_running() for _ in range(5))  # what runs for a moment is in few of them
+    except (OSError, ValueError, IndexError):
+        return False
+    return running - 1 + threads <= cores  # one of those running asks
+
+
+def _running() -> int:
+    """How many threads of the whole machine run or wait for a core, in a moment (man 5 proc_loadavg)."""
+    time.sleep(0.002)
+    return int(LOAD.read_text(encoding="ascii").split()[3].partition("/")[0])
 
 
 @contextmanager
