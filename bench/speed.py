@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    threads = f"{torch.get_num_threads()} threads, GOMP_SPINCOUNT={os.environ.get('GOMP_SPINCOUNT')}"
+    threads = f"{torch.get_num_threads()} threads, GOMP_SPINCOUNT={os.environ.get('GOMP_SPINCOUNT', 'its own')}"
     libraries = f"torch {torch.__version__}, products by {library()}"
     print(f"{machine('cpu')['cpu']}, {threads}, {libraries}, medians of {arguments.repeats}", flush=True)
     for name, part in parts.items():

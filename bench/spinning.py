@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-COUNTS = ("0", "2000", "20000", "300000")  # asleep at once, ours, ours where the cores are free, libgomp's own
+COUNTS = ("0", "2000", "20000", "300000")  # asleep at once, ours where others want the cores, longer, libgomp's own
 
 
 def main() -> None:

@@ -16,14 +16,14 @@ LOAD = Path("/proc/loadavg")
 
 
 def wait_briefly() -> None:
-    """Lets torch's idle threads spin for a while before they sleep; to be called before torch is imported.
+    """Has torch's idle threads spin briefly before they sleep where others want the cores; call it ahead of torch.
 
-    Waking them costs more than most operations of a small batch; threads that spin keep another program from its core,
-    and then wait for one another. So they spin for long where nobody else wants a core as this process starts.
-    docs/performance.md has the numbers of both. What the user has set stays.
+    Waking them costs more than most operations of a small batch, and libgomp has them spin for milliseconds. That pays
+    as long as each has a core: else they wait for one another while they spin (docs/performance.md). What the user has
+    set stays.
     """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "20000" if _cores_are_free() else "2000"
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and not _cores_are_free():
+        os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def _cores_are_free() -> bool:
