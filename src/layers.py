@@ -321,8 +321,16 @@ def forward(model: nn.Module, batch: Batch) -> Float[Tensor, "rows length d"]:
     device = _input_device(model)
     kwargs = {}
     if batch.position_ids is not None and batch.sees is not None:
-        kwargs = {"position_ids": batch.position_ids.to(device), "attention_mask": batch.sees.to(device)}
+        kwargs = {"position_ids": batch.position_ids.to(device), "attention_mask": _mask(model, batch.sees.to(device))}
     return _decoder(model)(input_ids=batch.input_ids.to(device), use_cache=False, **kwargs)[0]
+
+
+def _mask(model: nn.Module, sees: Bool[Tensor, "rows 1 length length"]) -> Tensor:
+    """Which token attends to which, as the model's attention takes it: "eager" adds it to the scores."""
+    if getattr(model.config, "_attn_implementation", None) != "eager":
+        return sees
+    dtype = embeddings(model).weight.dtype
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
 
 
 @contextmanager

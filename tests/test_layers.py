@@ -105,9 +105,11 @@ def beginnings(some: list[Prompt]) -> set[tuple[int, ...]]:
     return {prompt.ids[:end] for prompt in some for end in range(1, len(prompt.ids) + 1)}
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", [llama, gemma, gpt2])
-def test_a_packed_forward_keeps_prompts_apart(make, monkeypatch):
+def test_a_packed_forward_keeps_prompts_apart(make, attention, monkeypatch):
     model = make()
+    model.set_attn_implementation(attention)
     some = [prompt for prompt in prompts(160) if len(prompt.ids) <= 4]  # Gemma's window
     some += [Prompt((*prompt.ids[:2], 7, 8), 1, 4) for prompt in some if len(prompt.ids) > 2]
     assert packs(model, some)
