@@ -109,7 +109,7 @@ def test_results_of_earlier_versions_have_no_digests_and_damaged_pruned_jobs_are
 def test_a_sweep_does_damaged_jobs_again_and_sync_and_report_leave_them_out(
     cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("-m", "lora.rank=1,2,4", "tracking=off", "train.epochs=0")
+    arguments = ("-m", "dataset.seed=1,2,4", "tracking=off", "train.epochs=0")
     assert cli(*arguments)[0] == 0
     folders = [Path(job["folder"]) for job in documents(tmp_path)[0]["jobs"]]
     first = read_results(folders[0])
@@ -144,7 +144,7 @@ def test_a_sweep_whose_own_file_is_damaged_goes_on_from_its_jobs_folders(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = (*TINY, "-m", "lora.rank=1,2", "train.epochs=0", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+    command = (*TINY, "-m", "dataset.seed=1,2", "train.epochs=0", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
     assert run_command(monkeypatch, *command) == 0
     (file,) = tmp_path.glob("multirun/*/*/sweep.json")
     document, chance = read_document(file.parent), random.Random(0)
