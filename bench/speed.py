@@ -367,10 +367,11 @@ def nf4(repeats: int) -> None:
     """What 4-bit weights cost on a CPU: an epoch over 128 pairs, and the encoding of 256 words."""
     contenders: dict[str, Callable[[], Any]] = {}
     few = ("train.epochs=1", "dataset.limit=150", "dataset.control_size=22")
+    reads: tuple[tuple[Layer, ...], ...] = ((2,), ("final",))
     for name, quant in QUANTS.items():
         it = prepared(setting(*quant, *few))
-        for read in ((2,), ("final",)):
-            contenders[f"train at {read[0]}, {name}"] = lambda it=it, read=read: _epoch(it, read)
+        for read in reads:
+            contenders[f"train at {read[0]}, {name}"] = lambda it=it, read=read: epoch(it, [1, 2], read)
             if name != "none":
                 each_time = f"train at {read[0]}, {name}, unpacked at each product"
                 contenders[each_time] = lambda it=it, read=read: _epoch_of_packed(it, read)
@@ -382,14 +383,9 @@ def nf4(repeats: int) -> None:
         print()
 
 
-def _epoch(it: study.Study, read: tuple[Any, ...]) -> None:
-    with adapter(it.loaded.model, it.config.lora, [1, 2], seed=0) as model:
-        study.train_adapter(it, model, read, None, silent)
-
-
-def _epoch_of_packed(it: study.Study, read: tuple[Any, ...]) -> None:
+def _epoch_of_packed(it: study.Study, read: tuple[Layer, ...]) -> None:
     with patch.object(study, "unpacked", lambda *_: nullcontext()):
-        _epoch(it, read)
+        epoch(it, [1, 2], read)
 
 
 if __name__ == "__main__":

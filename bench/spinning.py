@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure() -> dict[str, float]:
-    """Seconds of each epoch, after one that isn't timed."""
+    """Seconds of each epoch, after one at layer 2 that isn't timed."""
     from bench.speed import AT_LAYER_2, AT_OUTPUT, epoch, prepared, setting
 
     warnings.simplefilter("ignore")

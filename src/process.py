@@ -31,11 +31,10 @@ def _cores_are_free() -> bool:
     cores = os.cpu_count() or 1
     own = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(own) if own.isdigit() else cores
-    try:
-        running = min(_running() for _ in range(5))  # what runs for a moment is in few of them
+    try:  # more than once, as some run for a moment only; one of those running asks
+        return any(_running() - 1 + threads <= cores for _ in range(5))
     except (OSError, ValueError, IndexError):
         return False
-    return running - 1 + threads <= cores  # one of those running asks
 
 
 def _running() -> int:

@@ -232,13 +232,13 @@ def main() -> int:
     except SystemExit as end:  # Hydra would make a warning of what a callback raises
         if not isinstance(end.code, Exception):
             raise
-        return _report(disk_error(end.code, sweep.place) or end.code, None)
+        return _report(end.code, None)
     except (KeyboardInterrupt, Exception) as error:
         interrupts.arrived()
         if _signals or isinstance(error, KeyboardInterrupt):  # a library may have made an exception of its own of it
             console.fail("interrupted")
             return 128 + max(_signals, default=signal.SIGINT)
-        return _report(disk_error(error, sweep.place) or error, None)  # Hydra's own writing doesn't say where
+        return _report(error, None)
     finally:
         interrupts.arrived()
         sweep.close()  # a sweep that was interrupted
@@ -259,7 +259,10 @@ def _interrupted(number: int) -> None:
 
 def _report(error: Exception, folder: Path | None) -> int:
     """One line on stderr; the traceback as well where --debug or TLI_DEBUG asks for it."""
+    from src import sweep
+
     if folder is None:  # else the job has printed it
+        error = disk_error(error, sweep.place) or error  # Hydra's own writing doesn't say where
         _print_traceback(error)
     if isinstance(error, UserError):
         console.fail(public_uri(str(error)))
