@@ -207,6 +207,16 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
+def help_quickly() -> None:
+    """Has Hydra not copy all that it knows with each look at a group: it does so a hundred times to print --help.
+
+    The copies are for workers, whose plug-ins add to the store; what the store hands out is copied anyway.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.__deepcopy__ = lambda self, _memo: self  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def refuse_odd_options(words: Sequence[str]) -> None:
     """Refuses `lora=4` and `model=[a,b]` on the command line, at which Hydra breaks off without naming the key.
 

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from src import console, interrupts
-from src.config import ROOT, Config, config_hash, read_config, refuse_odd_options, register
+from src.config import ROOT, Config, config_hash, help_quickly, read_config, refuse_odd_options, register
 from src.errors import DiskError, Pruned, UserError
 from src.files import disk_error, write_text
 from src.past import past_job
@@ -222,6 +222,8 @@ def main() -> int:
     try:
         interrupts.on_signals(_interrupted)
         register()
+        if {"-h", "--help"} & set(words):
+            help_quickly()
         refuse_odd_options(words)
         config_name, words = past_job(words)
         sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # else `a=1 -m b=2` fails

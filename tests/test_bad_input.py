@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -534,5 +535,12 @@ def test_bad_settings_show_theirs_before_there_is_a_job(
     assert cli("lora.rank=0", "--debug")[1].count("Traceback (most recent call last)") >= 1
 
 
-def test_help_tells_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(monkeypatch, "--help") == 0 and "--debug" in capsys.readouterr().out
+def test_help_tells_of_it_and_of_the_groups(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ConfigStore, "__deepcopy__", None, raising=False)  # what the command puts there goes again
+    assert run_command(monkeypatch, "--help") == 0
+    printed = capsys.readouterr().out
+    assert (
+        "--debug" in printed and "\nobjective: infonce, triplet" in printed and "\nquant: int8, nf4, none\n" in printed
+    )
