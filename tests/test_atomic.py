@@ -56,7 +56,8 @@ class Watch:
         self._fsync(handle)
 
     def replace(self, source: Path, target: Path) -> None:
-        self.hasty += [file for file in files_in(Path(source)) if file.resolve() not in self.flushed]
+        found = files_in(Path(source)) if Path(target).suffix != ".pyc" else []  # Python's own
+        self.hasty += [file for file in found if file.resolve() not in self.flushed]
         self._replace(source, target)
         self.renamed |= {file: state(file) for file in files_in(Path(target))}
 
