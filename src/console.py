@@ -57,43 +57,55 @@ TESTS = (
 PROBES = (("lm/perplexity_", "perplexity, {}"), ("translation/accuracy", "translation accuracy"))
 
 
-def result_table(results: Mapping[str, Any], eval_layer: str, folder: str, link: str | None) -> str:
-    """The result of a run as text, at most 100 columns wide."""
+def result_table(
+    results: Mapping[str, Any], eval_layer: str, folder: str, link: str | None, *, in_short: bool = False
+) -> str:
+    """The result of a run as text, at most 100 columns wide; in short a trained one's verdict and where the rest is."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    trained = results.get("control/pair_cosine_after") is not None
     console = Console(width=100, file=None, highlight=False)
-    columns = ["before", "after", "gain"] if trained else ["before"]
+    trained = _is_trained(results)
+    in_short = in_short and trained
+    gap = "" if in_short else "\n"
     with console.capture() as capture:
-        words = results["dataset"]
-        console.print(
-            f"{escape(results['params']['model.name'])}, {escape(words['name'])}: {words['train']} pairs to train on, "
-            f"{words['control']} control pairs",
-            soft_wrap=True,
-        )
-        table = Table(title=f"at layer {eval_layer}", title_justify="left", box=None, pad_edge=False, padding=(0, 2))
-        table.add_column("")
-        for split in ("train", "control"):
-            for column in columns:
-                table.add_column(f"{split} {column}" if column == columns[0] else column, justify="right")
-        for key, label in ROWS:
-            cells = [_change(results, f"{split}/{key}", columns) for split in ("train", "control")]
-            table.add_row(label, *cells[0], *cells[1])
-        console.print(table)
-        for line in _test_lines(results) if trained else []:
-            console.print(escape(line))
-        for line in _probe_lines(results):
-            console.print(escape(line))
+        if not in_short:
+            _print_measured(console, results, eval_layer)
         if trained:
-            console.print(
-                f"\n[bold]verdict: {results['verdict']}[/bold]  {escape(results['verdict_reason'])}", soft_wrap=True
-            )
-        console.print(f"\nresults  {escape(folder)}", soft_wrap=True)
+            verdict = f"[bold]verdict: {results['verdict']}[/bold]  {escape(results['verdict_reason'])}"
+            console.print(gap + verdict, soft_wrap=True)
+        console.print(f"{gap}results  {escape(folder)}", soft_wrap=True)
         if link:
             console.print(f"in MLflow  {escape(link)}", soft_wrap=True)
     return "\n".join(line.rstrip() for line in capture.get().split("\n"))
+
+
+def _is_trained(results: Mapping[str, Any]) -> bool:
+    return results.get("control/pair_cosine_after") is not None
+
+
+def _print_measured(console: Any, results: Mapping[str, Any], eval_layer: str) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns = ["before", "after", "gain"] if _is_trained(results) else ["before"]
+    words = results["dataset"]
+    console.print(
+        f"{escape(results['params']['model.name'])}, {escape(words['name'])}: {words['train']} pairs to train on, "
+        f"{words['control']} control pairs",
+        soft_wrap=True,
+    )
+    table = Table(title=f"at layer {eval_layer}", title_justify="left", box=None, pad_edge=False, padding=(0, 2))
+    table.add_column("")
+    for split in ("train", "control"):
+        for column in columns:
+            table.add_column(f"{split} {column}" if column == columns[0] else column, justify="right")
+    for key, label in ROWS:
+        cells = [_change(results, f"{split}/{key}", columns) for split in ("train", "control")]
+        table.add_row(label, *cells[0], *cells[1])
+    console.print(table)
+    for line in [*(_test_lines(results) if _is_trained(results) else ()), *_probe_lines(results)]:
+        console.print(escape(line))
 
 
 def _change(results: Mapping[str, Any], key: str, columns: Sequence[str]) -> list[str]:

@@ -78,6 +78,6 @@ def caveats(sweep: Sweep) -> list[str]:
     if fewest and tries >= ALPHA * (1 + fewest):
         found.append(
             f"With {fewest:,} permutations no p-value can be below {1 / (1 + fewest):.2g}, which Holm over {tries} "
-            f"runs lifts above {ALPHA}: raise eval.permutations."
+            f"runs lifts to {ALPHA} or more: raise eval.permutations."
         )
     return found

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, Any]:
+def run(config: Config, folder: Path, judge: Judge | None = None, *, in_sweep: bool = False) -> dict[str, Any]:
     """The whole method: fills the job folder, tracks it, prints the result and returns what results.json holds.
 
+    Of a sweep's job the verdict alone is printed, as the sweep ends with a table of all.
     A search's `judge` hears the control margin after each epoch, and may end the run by saying why, which is Pruned.
     Raises UserError for input that the user can mend, NumbersError where a number isn't finite, OutOfMemoryError.
     """
@@ -92,7 +93,7 @@ def run(config: Config, folder: Path, judge: Judge | None = None) -> dict[str, A
         conclusion, specificity = study.conclude(it, before, after, found)
         found |= conclusion | clock.seconds() | {"oom_retry": "; ".join(memory.retries) or None}
         results.write_job(folder, found, layers, study.pair_rows(it, before, after), losses, specificity)
-    print(console.result_table(found, str(config.eval.layer), str(folder), tracked.link), end="")
+    print(console.result_table(found, str(config.eval.layer), str(folder), tracked.link, in_short=in_sweep), end="")
     return found
 
 
@@ -162,7 +163,7 @@ def _job_of_sweep(composed: DictConfig, folder: Path, swept: Path, number: int) 
             sweep.withdraw(folder)
             return
         if sweep.here():
-            print(title)
+            print(f"\n{title}")
         else:
             around.enter_context(workers.in_one_piece(title))
         around.enter_context(sweep.placed(document, number))
@@ -184,7 +185,7 @@ def _attempt(composed: DictConfig, folder: Path, planned: Mapping[str, Any] | No
 
             judge = search.judge(planned, folder, config.train.epochs)
         with memory.told():
-            run(config, folder, judge)
+            run(config, folder, judge, in_sweep=planned is not None)
     except Pruned as pruned:
         print(f"pruned: {pruned}")
     except Exception as error:

@@ -34,6 +34,8 @@ from src.results import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+THERE = "already recorded"
+UNTRACKED = "not tracked (tracking=off; --uri records it)"
 _LOCATIONS = {  # where MLflow keeps absolute paths
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
@@ -83,13 +85,13 @@ def sync(folders: Sequence[Path], uri: str | None) -> int:
 
 
 def _told(folder: Path, record: Callable[[], str]) -> str:
-    """What has become of the folder, once it is printed; "" where there is nothing to say."""
+    """What has become of the folder, once it is printed, unless nothing was to be done; "" where it doesn't count."""
     try:
         became = record()
     except (JobError, tracking.TrackingError, OSError, KeyError, ValueError) as error:
         print(f"{folder}: {error or type(error).__name__}", file=sys.stderr)
         return "failed"
-    if became:
+    if became not in ("", THERE, UNTRACKED):
         print(f"{folder}: {became}")
     return became
 
@@ -98,7 +100,7 @@ def _sync_job(folder: Path, uri: str | None) -> str:
     with tracking.upload_lock(folder):
         results, settings = _read(folder)
         if settings["backend"] == "off" and uri is None:
-            return "not tracked (tracking=off; --uri records it)"
+            return UNTRACKED
         if "config_hash" not in results:
             return "left alone (pruned, by an earlier version)"
         store = _store(settings, uri)
@@ -106,7 +108,7 @@ def _sync_job(folder: Path, uri: str | None) -> str:
         state = tracking.upload_state(folder, run_id, store.uri) if run_id else "unknown"
         match state:
             case "uploaded":
-                return "already recorded"
+                return THERE
             case "deleted":
                 return "left alone (its run was deleted)"
             case "unknown":

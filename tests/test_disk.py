@@ -253,7 +253,7 @@ def test_a_job_survives_its_store_and_is_uploaded_once(
 
     assert [sync.main([str(tmp_path / "jobs")]) for _ in range(2)] == [0, 0]
     lines = capsys.readouterr().out.splitlines()
-    assert (lines[0].partition(": ")[2], lines[2].partition(": ")[2]) == ("recorded", "already recorded")
+    assert (lines[0].partition(": ")[2], *lines[1:]) == ("recorded", "1 recorded", "1 already recorded")
     (run,) = client(uri).search_runs([client(uri).get_experiment_by_name(name).experiment_id])
     assert run.info.status == "FINISHED" and run.data.metrics["control/margin_gain"]
     assert (Path(run.info.artifact_uri) / "adapter" / "adapter_model.safetensors").exists()
