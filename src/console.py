@@ -65,12 +65,12 @@ def result_table(
     from rich.markup import escape
 
     console = Console(width=100, file=None, highlight=False)
-    trained = _is_trained(results)
+    trained = results.get("control/pair_cosine_after") is not None
     in_short = in_short and trained
     gap = "" if in_short else "\n"
     with console.capture() as capture:
         if not in_short:
-            _print_measured(console, results, eval_layer)
+            _print_measured(console, results, eval_layer, trained)
         if trained:
             verdict = f"[bold]verdict: {results['verdict']}[/bold]  {escape(results['verdict_reason'])}"
             console.print(gap + verdict, soft_wrap=True)
@@ -80,15 +80,11 @@ def result_table(
     return "\n".join(line.rstrip() for line in capture.get().split("\n"))
 
 
-def _is_trained(results: Mapping[str, Any]) -> bool:
-    return results.get("control/pair_cosine_after") is not None
-
-
-def _print_measured(console: Any, results: Mapping[str, Any], eval_layer: str) -> None:
+def _print_measured(console: Any, results: Mapping[str, Any], eval_layer: str, trained: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    columns = ["before", "after", "gain"] if _is_trained(results) else ["before"]
+    columns = ["before", "after", "gain"] if trained else ["before"]
     words = results["dataset"]
     console.print(
         f"{escape(results['params']['model.name'])}, {escape(words['name'])}: {words['train']} pairs to train on, "
@@ -104,7 +100,7 @@ def _print_measured(console: Any, results: Mapping[str, Any], eval_layer: str) -
         cells = [_change(results, f"{split}/{key}", columns) for split in ("train", "control")]
         table.add_row(label, *cells[0], *cells[1])
     console.print(table)
-    for line in [*(_test_lines(results) if _is_trained(results) else ()), *_probe_lines(results)]:
+    for line in [*(_test_lines(results) if trained else ()), *_probe_lines(results)]:
         console.print(escape(line))
 
 

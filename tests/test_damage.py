@@ -161,7 +161,7 @@ def test_a_sweep_whose_own_file_is_damaged_goes_on_from_its_jobs_folders(
         harm()
         assert sync.main([str(tmp_path / "multirun")]) == 1
         printed = capsys.readouterr()
-        assert printed.out.endswith("2 already recorded, 1 failed\n") and printed.err.count("\n") == 1
+        assert printed.out == "2 already recorded, 1 failed\n" and printed.err.count("\n") == 1
         assert printed.err.startswith(f"{file.parent}: sweep.json is damaged (")
         assert report.main([str(file.parent), "--format", "csv"]) == 0
         printed = capsys.readouterr()
