@@ -162,7 +162,8 @@ def _similarity_headline(table: Layers) -> str:
     if table.has("after", "control", "pair_cosine", "mismatched_cosine"):
         before, after = table.gap("before", "control"), table.gap("after", "control")
         most = int(np.nanargmax(np.abs(after - before)))
-        said.append(f"training moved the gap most at {_layer(table, most)}: {before[most]:.2g} → {after[most]:.2g}")
+        where = f"{_layer(table, most)}: {before[most]:.2g} → {after[most]:.2g}"
+        said.append(f"training moved the gap of words never trained on most at {where}")
     text = "; ".join(said)
     return text[:1].upper() + text[1:]
 

@@ -233,7 +233,7 @@ def here() -> bool:
 def _print_plan(jobs: Sequence[Mapping[str, Any]]) -> None:
     for job in jobs:
         print(f"already done  {job['name']}  {job['folder']}" if job["reused"] else f"would run     {job['name']}")
-    print(f"{len(jobs)} jobs, {sum(job['reused'] for job in jobs)} of them done already")
+    print(f"{_count(jobs)}, {sum(job['reused'] for job in jobs)} of them done already")
 
 
 # --- the sweep's run in MLflow ------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def _print_end(document: Mapping[str, Any], link: str | None) -> None:
             why = f": {job['error']}" if job["error"] else ""
             console.fail(f"{job['status']}: {job['name']}{why}; {job['folder']}/run.log")
     counts = Counter({"done": "done", "pending": "not started"}.get(job["status"], job["status"]) for job in jobs)
-    print(f"{len(jobs)} jobs: {', '.join(f'{count} {status}' for status, count in counts.most_common()) or 'none'}")
+    print(f"{_count(jobs)}: {', '.join(f'{count} {status}' for status, count in counts.most_common()) or 'none'}")
     if counts["killed"] or counts["not started"]:
         print("the same command goes on from here")
     if search := document.get("search"):
@@ -418,6 +418,10 @@ def _print_end(document: Mapping[str, Any], link: str | None) -> None:
     print(f"report     python -m src.report {document['id']}")
     if link:
         print(f"in MLflow  {link}")
+
+
+def _count(jobs: Sequence[Any]) -> str:
+    return "1 job" if len(jobs) == 1 else f"{len(jobs)} jobs"
 
 
 def _now() -> str:

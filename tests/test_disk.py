@@ -106,7 +106,7 @@ def test_a_sweep_ends_in_good_order_where_its_disk_has_no_block_left(
         full_after_training(monkeypatch, small)
         status, out, err = cli("-m", *UNTRACKED, "lora.rank=1", f"hydra.sweep.dir={small.folder}")
         warning, failed = err.splitlines()
-        assert status == 1 and "1 jobs: 1 failed" in out
+        assert status == 1 and "1 job: 1 failed" in out
         assert warning.startswith(f"warning: {small.folder}/sweep.json can't be written: its disk is full; free some")
         assert failed == f"error: failed: r1 L1,2,3,4 triplet: its disk is full; {small.folder}/0/run.log"
         assert not temporary(small.folder)

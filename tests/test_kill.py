@@ -124,7 +124,7 @@ def test_a_signal_in_the_summary_leaves_a_whole_sweep(
 ) -> None:
     monkeypatch.setattr(overview, "draw_overview", interrupted_after(overview.draw_overview, times=1))
     status, out, err = cli("-m", "lora.rank=1", "train=none")
-    assert (status, err) == (130, "error: interrupted\n") and "1 jobs: 1 done" in out
+    assert (status, err) == (130, "error: interrupted\n") and "1 job: 1 done" in out
     parent, (child,) = family(runs(store, tmp_path))
     assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
     assert (Path(parent.info.artifact_uri) / "summary.json").exists()

@@ -125,7 +125,7 @@ def test_headlines_say_what_is_seen() -> None:
     found = figures(usual())
     assert headline(found["similarity.png"]) == (
         "Pairs stand out most from mismatches at the final layer (gap 0.4); "
-        "training moved the gap most at the final layer: 0.4 → 0.5"
+        "training moved the gap of words never trained on most at the final layer: 0.4 → 0.5"
     )
     assert headline(found["retrieval.png"]) == (
         "Of words never trained on, at best 60 % after training (at the final layer) and 40 % before "

@@ -279,7 +279,7 @@ def test_a_pruned_job_is_uploaded_later(
     status, out, err = cli("-m", *arguments)
     (document,) = documents(tmp_path)
     (job,) = document["jobs"]
-    assert (status, job["status"], err.count("warning: ")) == (0, "pruned", 2) and "1 jobs: 1 pruned" in out
+    assert (status, job["status"], err.count("warning: ")) == (0, "pruned", 2) and "1 job: 1 pruned" in out
     proxy.rule = lambda _: None
     proxy.up()
     assert synced(tmp_path / "multirun", capsys) == "1 recorded, 1 sweep completed"
