@@ -35,9 +35,7 @@ def main() -> None:
     it = prepared(setting("lora.layers=[1,2]"))
     prompts, model = [*it.source, *it.target], it.loaded.model
     half = copy.deepcopy(model).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
-    compiled: Any = copy.deepcopy(model)
-    for block in layers.blocks(compiled):
-        block.compile(dynamic=True)
+    compiled = _compiled(copy.deepcopy(model), above=0)
     packed = _packed_for_onednn(copy.deepcopy(model))
     began = time.perf_counter()
     layers.encode(compiled, prompts)
@@ -79,16 +77,22 @@ def main() -> None:
 def _compiled_training(repeats: int) -> None:
     """An epoch whose loss is at the output, as it is, and with the blocks above the adapters compiled."""
     it = prepared(setting(*AT_OUTPUT))
-    compiled = replace(it, loaded=replace(it.loaded, model=copy.deepcopy(it.loaded.model)))
-    adapted = [index + 1 for index in OUTPUT.layers]
-    for block in layers.blocks(compiled.loaded.model)[max(adapted) :]:
-        block.compile(dynamic=True)
+    adapted = OUTPUT.adapted
+    model = _compiled(copy.deepcopy(it.loaded.model), above=max(adapted))
+    compiled = replace(it, loaded=replace(it.loaded, model=model))
     plain, other = (partial(epoch, own, adapted, ("final",)) for own in (it, compiled))
     first, losses = other()
     apart = max(abs(a - b) for a, b in zip(losses, plain()[1], strict=True))
     print("\nAn epoch with the loss at the output, adapters in blocks 1 to 4:\n")
     table(take_turns({"as it is": plain, "the blocks above compiled": other}, repeats), "as it is")
     print(f"\nIts first epoch: {first:.1f} s; losses differ by at most {apart:.1e}")
+
+
+def _compiled(model: Any, *, above: int) -> Any:
+    """The model whose blocks above the one of that number are compiled, each by itself."""
+    for block in layers.blocks(model)[above:]:
+        block.compile(dynamic=True)
+    return model
 
 
 def _by_torch(model: Any) -> Any:

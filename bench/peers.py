@@ -32,6 +32,11 @@ class Task:
     margin: float = 0.3
     temperature: float = 0.05
 
+    @property
+    def adapted(self) -> list[int]:
+        """The adapted blocks by the project's count, from 1."""
+        return [index + 1 for index in self.layers]
+
 
 # --- (a) a PEFT script --------------------------------------------------------------------------------------
 

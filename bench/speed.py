@@ -133,7 +133,7 @@ def _training(title: str, config: Config, task: Task, repeats: int) -> None:
     it = prepared(config)
     pairs = [(pair.source, pair.target) for pair in it.words.train]
     losses: dict[str, list[float]] = {}
-    adapted = [index + 1 for index in task.layers]
+    adapted = task.adapted
     read = (task.read,) if task.read > 0 else ("final",)
 
     def ours(name: str = "TLI Lab") -> None:

@@ -26,7 +26,7 @@ def _logs_as_before() -> Iterator[None]:
 def test_the_plain_script_has_the_same_losses(task: peers.Task) -> None:
     config = setting("lora.dropout=0", "train.epochs=1", "dataset.limit=100", "dataset.control_size=20")
     it = prepared(config)
-    adapted = [index + 1 for index in task.layers]
+    adapted = task.adapted
     with adapter(it.loaded.model, config.lora, adapted, seed=0) as model:
         below = study.run_below_adapter(it, adapted)
         assert (below is not None) == (adapted[0] > 1)
