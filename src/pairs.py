@@ -1,4 +1,4 @@
-"""Word pairs: read, cleaned, and split so that no word of the control pairs is ever trained on."""
+"""Word pairs: read, cleaned, and split so that no word of the control pairs is trained on, with or without accents."""
 
 from __future__ import annotations
 
@@ -127,10 +127,11 @@ def read_words(config: DatasetConfig) -> tuple[Lexicon, Split]:
 
 
 def split(lexicon: Lexicon, *, control_size: int, seed: int) -> Split:
-    """Sets `control_size` pairs aside such that no word, of either language and in any case, is on both sides.
+    """Sets `control_size` pairs aside such that no word, of either language, is on both sides.
 
-    Pairs linked by a shared word stay together. The draw depends on `seed` and the pairs alone, not on their order
-    or the Python version. UserError says which sizes are possible when this one is not.
+    Spellings that differ in case or accents alone are one word here (`without_marks`). Pairs linked by a shared word
+    stay together. Inflections of a word may still part: `src.leakage` counts them. The draw depends on `seed` and the
+    pairs alone, not on their order or the Python version. UserError says which sizes are possible when this one is not.
     """
     groups = [[lexicon.pairs[i] for i in group] for group in _linked(lexicon.pairs)]
     groups.sort(key=lambda group: files.digest(str(seed), *min((pair.source, pair.target) for pair in group)))
@@ -164,6 +165,16 @@ def relevant(pairs: Sequence[Pair], listed: Sequence[Pair]) -> Int[np.ndarray, "
 def word_key(word: str) -> str:
     """What makes two spellings the same word: NFC, whatever the case."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", word).casefold())
+
+
+def without_marks(word: str) -> str:
+    """The word without case, accents, vowel points or other marks that Unicode combines with a letter; in NFC.
+
+    What makes two words look the same to the split and to `src.spelling`; `word_key` tells them apart where right
+    answers are listed. Letters of their own, such as "ø" or "œ", stay.
+    """
+    letters = unicodedata.normalize("NFD", word_key(word))
+    return unicodedata.normalize("NFC", "".join(letter for letter in letters if not unicodedata.combining(letter)))
 
 
 def _languages(index: Path) -> tuple[str, str]:
@@ -215,7 +226,8 @@ def _sample(pairs: list[Pair], limit: int, seed: int) -> list[Pair]:
 def _linked(pairs: Sequence[Pair]) -> list[list[int]]:
     """The connected components of the graph whose nodes are words and whose edges are pairs, as pair indices.
 
-    A word is one node whichever language it stands in: a string trained on as source is no unseen target.
+    A word is one node whichever language it stands in: a string trained on as source is no unseen target. Accents
+    don't tell words apart here: "marché" and "marche" stay on one side.
     """
     parent: dict[str, str] = {}
 
@@ -226,10 +238,10 @@ def _linked(pairs: Sequence[Pair]) -> list[list[int]]:
         return word
 
     for pair in pairs:
-        parent[root(word_key(pair.source))] = root(word_key(pair.target))
+        parent[root(without_marks(pair.source))] = root(without_marks(pair.target))
     groups: dict[str, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):
-        groups[root(word_key(pair.source))].append(i)
+        groups[root(without_marks(pair.source))].append(i)
     return list(groups.values())
 
 
