@@ -27,6 +27,7 @@ _FILES = {
     "encodings": ("layers", "linear", "models", "vectors"),
     "measures": ("measures", "pairs", "study"),
     "probes": ("probes", "pairs", "study"),
+    "training_free": ("conclusion", "measures", "pairs", "training_free"),
 }
 _CODE = {
     kind: digest(*(file_digest(Path(__file__).with_name(f"{n}.py")) for n in some)) for kind, some in _FILES.items()
@@ -98,7 +99,7 @@ def _not_kept(file: Path, error: OSError) -> None:
 def baseline_values(kind: str, loaded: LoadedModel, inputs: str, make: Callable[[], Any]) -> Any:
     """What `make` finds of the untouched model, as JSON holds it: read from the cache or made, as encodings are.
 
-    `kind` is "probes" or "measures", `inputs` names all that they read.
+    `kind` is a key of _FILES, `inputs` names all that they read.
     """
     file = cache_dir() / kind / f"{digest(loaded.identity, _CODE[kind], inputs)}.json"
     kept, _ = _kept_values(file)

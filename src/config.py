@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from src.errors import UserError
 from src.files import digest, file_digest, folder_state
+from src.results import RESULTS_VERSION
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -487,8 +488,12 @@ def unread(config: Config, key: str) -> str | None:
 
 
 def config_hash(config: Config) -> str:
-    """Names a setting, whatever the files it points to hold. Tracking and sweep keys don't count."""
-    values = {name: value for name, value in asdict(config).items() if name not in ("tracking", "sweep")}
+    """Names a setting, whatever the files it points to hold. Tracking and sweep keys don't count.
+
+    Jobs whose results count otherwise (RESULTS_VERSION) have other hashes: a sweep's table never mixes the two.
+    """
+    read = {name: value for name, value in asdict(config).items() if name not in ("tracking", "sweep")}
+    values = read | {"results_version": RESULTS_VERSION}
     return digest(json.dumps(values, sort_keys=True))[:16]
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from src.results import specificity_pvalue
+from src.results import claimed_split, specificity_pvalue
 
 alone = True  # whether this process has the terminal to itself
 
@@ -48,12 +48,15 @@ ROWS = (  # key in results.json without the split, what a reader calls it
     ("margin", "margin over mismatched"),
     ("csls_p_at_1", "retrieval (CSLS P@1)"),
 )
+PARTS = (("unalike", "  not look-alikes"), ("lookalike", "  look-alikes"))  # of the control words' retrieval
 TESTS = (
     ("t_pvalue", "paired t-test p, cosine"),
     ("specificity_pvalue", "specificity p"),
+    ("near_pvalue", "p against near words"),
     ("gain_ci", "cosine gain, 95 % interval"),
     ("cohens_dz", "Cohen's d_z"),
 )
+MAPS = (("centred", "centring"), ("lsar", "LSAR"), ("procrustes", "Procrustes"))
 PROBES = (("lm/perplexity_", "perplexity, {}"), ("translation/accuracy", "translation accuracy"))
 
 
@@ -87,8 +90,9 @@ def _print_measured(console: Any, results: Mapping[str, Any], eval_layer: str, t
     columns = ["before", "after", "gain"] if trained else ["before"]
     words = results["dataset"]
     console.print(
-        f"{escape(results['params']['model.name'])}, {escape(words['name'])}: {words['train']} pairs to train on, "
-        f"{words['control']} control pairs",
+        f"{escape(results['params']['model.name'])}, {escape(words['name'])}: {words['train']} pairs of "
+        f"{results['train/n_words']} words to train on, {words['control']} control pairs of "
+        f"{results['control/n_words']} words",
         soft_wrap=True,
     )
     table = Table(title=f"at layer {eval_layer}", title_justify="left", box=None, pad_edge=False, padding=(0, 2))
@@ -99,8 +103,12 @@ def _print_measured(console: Any, results: Mapping[str, Any], eval_layer: str, t
     for key, label in ROWS:
         cells = [_change(results, f"{split}/{key}", columns) for split in ("train", "control")]
         table.add_row(label, *cells[0], *cells[1])
+    for part, label in PARTS if trained else ():
+        if count := results.get(f"control_{part}/n_words"):
+            cells = _change(results, f"control_{part}/csls_p_at_1", columns)
+            table.add_row(f"{label} ({count})", *[""] * len(columns), *cells)
     console.print(table)
-    for line in [*(_test_lines(results) if trained else ()), *_probe_lines(results)]:
+    for line in [*_baseline_lines(results), *(_test_lines(results) if trained else ()), *_probe_lines(results)]:
         console.print(escape(line))
 
 
@@ -112,12 +120,27 @@ def _change(results: Mapping[str, Any], key: str, columns: Sequence[str]) -> lis
     return [values[column] for column in columns]
 
 
+def _baseline_lines(results: Mapping[str, Any]) -> Iterable[str]:
+    """What to read the control words' retrieval beside."""
+    yield ""
+    yield "retrieval of the control words"
+    for when, key, label in (("before", "untouched", "untouched model"), ("after", "trained", "trained model")):
+        if (score := results.get(f"baseline/best_layer_csls_p_at_1_{when}")) is not None:
+            yield f"  {label + ', best layer':28}{score:.4f} (layer {results[f'best_{key}_layer']})"
+    maps = (f"{label} {results[f'baseline/{name}_csls_p_at_1']:.4f}" for name, label in MAPS)
+    yield f"  {'untouched model, mapped by':28}{', '.join(maps)}"
+    if (score := results.get("baseline/spelling_csls_p_at_1")) is not None:
+        yield f"  {'spelling alone':28}{score:.4f}"
+
+
 def _test_lines(results: Mapping[str, Any]) -> Iterable[str]:
     yield ""
     for key, label in TESTS:
         cells = []
         for split in ("train", "control"):
-            if key == "gain_ci":
+            if key == "near_pvalue":
+                cell = f"{results[f'{claimed_split(results, split)}/{key}']:.3g}"
+            elif key == "gain_ci":
                 cell = f"{signed(results[f'{split}/gain_ci_low'])} … {signed(results[f'{split}/gain_ci_high'])}"
             else:
                 value = specificity_pvalue(results, split) if key == "specificity_pvalue" else results[f"{split}/{key}"]
@@ -132,4 +155,7 @@ def _probe_lines(results: Mapping[str, Any]) -> Iterable[str]:
             after = results.get(key.removesuffix("_before") + "_after")
             name = label.format(key.removeprefix(prefix).removesuffix("_before"))
             change = "" if after is None else f" → {after:.4g}"
+            if (rise := results.get(key.removesuffix("_before") + "_change")) is not None:
+                low, high = (results[key.removesuffix("_before") + f"_change_{end}"] for end in ("low", "high"))
+                change += f"  {rise:+.1%} [{low:+.1%}, {high:+.1%}]"
             yield f"{name:28}{results[key]:.4g}{change}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -31,6 +32,9 @@ def measure(
     """Computes the named measures of n pairs of unit vectors; row i of `source` and `target` is pair i.
 
     Row i of `relevant` holds the columns that count as right for source i, i among them, padded with -1.
+    Cosines and `mexa` are means over pairs; retrieval (`nn_p_at_1`, `csls_p_at_1`, `csls_p_at_5`, `mrr`,
+    `procrustes_p_at_1`) is a mean over source words, as in MUSE and VecMap: see `source_words`. The mismatched cosine
+    is that of all i ≠ j, a word's other listed translations included: a few of n².
     `procrustes_p_at_1` is left out unless `fitted_on` gives the (source, target) to fit the rotation on.
     One pair alone has no mismatches: its margin is 0 and its retrieval measures are 1.
     Raises ValueError for no pairs, an unknown name, or a vector that isn't finite.
@@ -48,7 +52,7 @@ def measure(
         found |= _retrieval(source, target, relevant, asked)
     if "procrustes_p_at_1" in wanted and fitted_on is not None:
         rotated = _rotated(source, *fitted_on)
-        found["procrustes_p_at_1"] = _share(csls_ranks(rotated, target, relevant) == 1)
+        found["procrustes_p_at_1"] = _share(csls_ranks(rotated, target, relevant)[_first_pairs(source, relevant)] == 1)
     return {name: found[name] for name in wanted}
 
 
@@ -64,6 +68,26 @@ def pair_cosines(source: Float[Tensor, "n d"], target: Float[Tensor, "n d"]) -> 
     return torch.cat([torch.linalg.vecdot(a.double(), b.double()) for a, b in blocks])
 
 
+def source_words(source: Float[Tensor, "n d"], relevant: Int[Tensor, "n k"]) -> Int[Tensor, " n"]:
+    """Numbers the source word of each pair, from 0: pairs of one word have the same vector and listed translations."""
+    listed = relevant.cpu().sort(dim=1).values.numpy()
+    first_of: dict[bytes, list[int]] = {}
+    firsts = list(range(len(source)))
+    for i in np.flatnonzero((listed >= 0).sum(axis=1) > 1).tolist():  # all others stand alone
+        alike = first_of.setdefault(listed[i].tobytes(), [])
+        firsts[i] = next((first for first in alike if torch.equal(source[first], source[i])), i)
+        if firsts[i] == i:
+            alike.append(i)
+    return torch.tensor(firsts).unique(return_inverse=True)[1]
+
+
+def _first_pairs(source: Float[Tensor, "n d"], relevant: Int[Tensor, "n k"]) -> Int[Tensor, " words"]:
+    """The first pair of each source word; all of a word's pairs have the same rank."""
+    words = source_words(source, relevant)
+    first = torch.full((int(words.max()) + 1,), len(words))
+    return first.scatter_reduce(0, words, torch.arange(len(words)), "amin").to(source.device)
+
+
 def retrieval_ranks(
     source: Float[Tensor, "n d"], target: Float[Tensor, "n d"], relevant: Int[Tensor, "n k"]
 ) -> Int[Tensor, " n"]:
@@ -77,7 +101,7 @@ def csls_ranks(
 ) -> Int[Tensor, " n"]:
     """The same ranks by CSLS (Conneau et al. 2018), which discounts targets that lie near everything.
 
-    With fewer than `neighbours` pairs, all of them are neighbours.
+    With fewer than `neighbours` words, all of them are neighbours.
     """
     _check(source, target)
     return _compare(source, target, relevant, csls=True, mexa=False, neighbours=neighbours).csls
@@ -134,11 +158,13 @@ def _retrieval(
 ) -> dict[str, float]:
     csls = bool(asked & {"csls_p_at_1", "csls_p_at_5"})
     seen = _compare(source, target, relevant, csls=csls, mexa="mexa" in asked)
+    words = _first_pairs(source, relevant)
+    plain, by_csls = seen.plain[words], seen.csls[words]
     return {
-        "nn_p_at_1": _share(seen.plain == 1),
-        "mrr": seen.plain.double().reciprocal().mean().item(),
-        "csls_p_at_1": _share(seen.csls == 1),
-        "csls_p_at_5": _share(seen.csls <= 5),
+        "nn_p_at_1": _share(plain == 1),
+        "mrr": plain.double().reciprocal().mean().item(),
+        "csls_p_at_1": _share(by_csls == 1),
+        "csls_p_at_5": _share(by_csls <= 5),
         "mexa": _share(seen.mexa),
     }
 
@@ -167,6 +193,7 @@ def _compare(
     """Ranks and MEXA in one pass over the rows of S, and one over its columns where CSLS or MEXA need them."""
     n = len(source)
     own = torch.arange(n, device=source.device)
+    words = _first_pairs(source, relevant)  # a word counts once among a target's neighbours, as in MUSE
     relevant = relevant.to(source.device, torch.int64)
     relevant = relevant.where(relevant >= 0, own[:, None])  # the padding repeats the row's own column, always right
     a, b, tie = _spread_out(source, target)
@@ -174,10 +201,8 @@ def _compare(
     whole = torch.mm(a, b.T) if n * n <= BLOCK else None
     crowding = column_best = None
     if csls or mexa:
-        blocks = (
-            _blocks(b, a) if whole is None else [(slice(0, n), whole.T.clone(memory_format=torch.contiguous_format))]
-        )
-        crowding, column_best = _columns(blocks, relevant, neighbours if csls else 0, mexa)
+        blocks = _blocks(b, a[words]) if whole is None else [(slice(0, n), whole[words].T.contiguous())]
+        crowding, column_best = _columns(blocks, relevant[words], n, neighbours if csls else 0, mexa)
     for rows, block in _blocks(a, b) if whole is None else [(slice(0, n), whole)]:
         columns = relevant[rows]
         right = block.gather(1, columns)
@@ -222,17 +247,19 @@ def _blocks(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Iterator[tuple[
 
 
 def _columns(
-    blocks: Iterable[tuple[slice, Tensor]], relevant: Int[Tensor, "n k"], neighbours: int, mexa: bool
+    blocks: Iterable[tuple[slice, Tensor]], relevant: Int[Tensor, "words k"], n: int, neighbours: int, mexa: bool
 ) -> tuple[Float[Tensor, " n"] | None, Float[Tensor, " n"] | None]:
-    """For each target: half its mean cosine to its nearest sources, and its highest cosine to a wrong source."""
-    n = len(relevant)
+    """For each of n targets: half its mean cosine to its nearest sources, and its highest cosine to a wrong source.
+
+    `relevant` holds the right columns of each source word.
+    """
     crowding = torch.empty(n, device=relevant.device) if neighbours else None
     best = torch.empty(n, device=relevant.device) if mexa else None
     columns, order = relevant.flatten().sort()
     sources = order // relevant.shape[1]
     for part, block in blocks:
         if crowding is not None:
-            crowding[part] = _mean_of_largest(block, min(neighbours, n)) / 2
+            crowding[part] = _mean_of_largest(block, min(neighbours, len(relevant))) / 2
         if best is not None:
             low, high = torch.searchsorted(columns, columns.new_tensor([part.start, part.stop])).tolist()
             block[columns[low:high] - part.start, sources[low:high]] = -torch.inf

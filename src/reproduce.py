@@ -24,8 +24,8 @@ _KEYS = {  # of a table: the columns that say what its numbers are of
     "training.csv": ("step",),
 }
 _CONDITIONS = (
-    "versions", "git_commit", "git_changes", "machine", "dataset", "model_revision", "model_digest", "inputs_digest",
-    "params", "train_batch_size_used", "oom_retry",
+    "results_version", "versions", "git_commit", "git_changes", "machine", "dataset", "model_revision", "model_digest",
+    "inputs_digest", "params", "train_batch_size_used", "oom_retry",
 )  # fmt: skip
 _ELSEWHERE = ("params.tracking.", "params.sweep.", "params.dataset.path", "params.model.id", "params.eval.text")
 
@@ -61,7 +61,7 @@ def _find(job: str) -> Path:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        return read_results(folder)
+        return {"results_version": 1} | read_results(folder)
     except (OSError, DamageError) as error:
         raise UserError(f"{folder}: {error}: there is nothing to compare with") from error
 

@@ -17,6 +17,7 @@ from src.errors import DiskError, NumbersError, UserError
 from src.files import digest, file_digest, write_text
 
 RESULTS, SWEEP = "results.json", "sweep.json"
+RESULTS_VERSION = 2  # 1 counted retrieval and the paired tests by pair, 2 counts them by source word
 _AGAIN = "-again-"  # in the name of a folder in which src.reproduce has repeated a job: it stands for nothing else
 FAILED, PRUNED = "failed.json", "pruned.json"  # what ended a job, in its folder
 OUTCOMES = (RESULTS, PRUNED)  # a job is done where one of them stands
@@ -137,9 +138,15 @@ def repetition(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{_AGAIN}{time.strftime('%Y%m%d-%H%M%S')}")
 
 
+def claimed_split(results: Mapping[str, Any], split: str) -> str:
+    """Where the verdict reads a split: of control, at the words that aren't look-alikes where there are enough."""
+    return str(results.get("claimed_on", split)) if split == "control" else split
+
+
 def specificity_pvalue(results: Mapping[str, Any], split: str) -> float | None:
     """The larger of the raw and the scaled test's, as the verdict uses it; None where a pilot has none."""
-    found = (results.get(f"{split}/{name}_pvalue") for name in ("specificity", "scaled_specificity"))
+    names = ("specificity", "scaled_specificity")
+    found = (results.get(f"{claimed_split(results, split)}/{name}_pvalue") for name in names)
     return max((float(one) for one in found if isinstance(one, int | float) and math.isfinite(one)), default=None)
 
 

@@ -42,7 +42,7 @@ def run(config: Config, folder: Path, judge: Judge | None = None, *, in_sweep: b
     Raises UserError for input that the user can mend, NumbersError where a number isn't finite, OutOfMemoryError.
     """
     with importing():
-        from src import memory, results, study, tracking
+        from src import conclusion, memory, results, study, tracking
         from src.models import adapter, import_peft, load_model, save_adapter
         from src.pairs import read_words
 
@@ -56,7 +56,7 @@ def run(config: Config, folder: Path, judge: Judge | None = None, *, in_sweep: b
     with clock.timing("load"):
         loaded = load_model(config.model, config.quant)
     it = study.prepare(config, lexicon, words, loaded)
-    found: dict[str, Any] = study.describe(it)
+    found: dict[str, Any] = study.describe(it) | study.report_leakage(it, aloud=not in_sweep)
 
     with tracking.tracked(folder, store, found) as tracked:
         found |= {"mlflow_run_id": tracked.id, "opening": tracked.opening}
@@ -64,7 +64,8 @@ def run(config: Config, folder: Path, judge: Judge | None = None, *, in_sweep: b
             before = study.encode_before(it, console.progress)
         with clock.timing("measure"):
             layers = study.measure_before(it, before, console.progress)
-        found |= study.probe_before(it, console.progress)
+        probed = study.probe_before(it, console.progress)
+        found |= probed.scalars
         after, losses = None, []
         if config.train.epochs:
             blocks, read, why = study.choose_layers(it, before)
@@ -87,11 +88,12 @@ def run(config: Config, folder: Path, judge: Judge | None = None, *, in_sweep: b
                 save_adapter(model, folder / "adapter")
                 with clock.timing("encode"):
                     after = study.encode_after(it, model, before, below, console.progress)
-                found |= study.probe(it, model, "after", console.progress)
+                found |= study.probe_after(it, model, probed, console.progress)
             with clock.timing("measure"):
                 layers += study.measure_after(it, layers, after, blocks, console.progress)
-        conclusion, specificity = study.conclude(it, before, after, found)
-        found |= conclusion | clock.seconds() | {"oom_retry": "; ".join(memory.retries) or None}
+        with clock.timing("measure"):
+            concluded, specificity = conclusion.conclude(it, before, after, layers, found)
+        found |= concluded | clock.seconds() | {"oom_retry": "; ".join(memory.retries) or None}
         results.write_job(folder, found, layers, study.pair_rows(it, before, after), losses, specificity)
     print(console.result_table(found, str(config.eval.layer), str(folder), tracked.link, in_short=in_sweep), end="")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,19 +13,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from src import console
 from src.baseline import baseline_encoding, baseline_values, encoding_key
 from src.below import run_below
 from src.config import Config, config_hash, inputs_digest, params, resolve_layers, run_name
 from src.errors import NumbersError, UserError
-from src.evidence import SpecificityResult, gather_evidence, judge
 from src.finite import check_weights, likely_cause
 from src.layers import Below, Layer, Progress, Prompt, all_layers, encode, tokenize, width
+from src.leakage import find_leakage, warnings
 from src.machine import git_changes, git_commit, machine, versions
 from src.measures import bytes_held, measure, pair_cosines, retrieval_ranks
 from src.memory import halved
 from src.models import LoadedModel, unpacked
 from src.pairs import Lexicon, Pair, Split, relevant
-from src.probes import perplexity, translation_accuracy
+from src.probes import perplexity_change, perplexity_of, token_log_probabilities, translation_accuracy
+from src.results import RESULTS_VERSION
 from src.tracking import public_uri
 from src.training import Objective, Schedule, train
 from src.vectors import Vectors, encode_words
@@ -107,6 +109,7 @@ def describe(study: Study) -> dict[str, Any]:
     config, lexicon = study.config, study.lexicon
     return {
         "name": run_name(config),
+        "results_version": RESULTS_VERSION,
         "config_hash": config_hash(config),
         "inputs_digest": inputs_digest(config),
         "params": _params(study),
@@ -125,6 +128,16 @@ def describe(study: Study) -> dict[str, Any]:
         "git_changes": git_changes(),
         "machine": machine(str(study.loaded.model.device)),
     }
+
+
+def report_leakage(study: Study, *, aloud: bool) -> dict[str, int]:
+    """Counts what the split can't keep apart; the log says it in words, and so does the terminal if asked."""
+    leakage = find_leakage(study.words.train, study.words.control)
+    for line in warnings(leakage):
+        log.warning("%s", line)
+        if aloud:
+            console.warn(line)
+    return {f"leakage/{kind}": count for kind, count in leakage.counts().items()}
 
 
 def _params(study: Study) -> dict[str, str]:
@@ -209,27 +222,54 @@ def _measure_layers(
         torch.set_num_threads(threads)  # of the threads that are yet to come; this one's never changed
 
 
-def probe_before(study: Study, progress: Progress) -> dict[str, float]:
+@dataclass(frozen=True)
+class Probed:
+    """What the model's output can do: scalars for results.json, and each text's log-probabilities, token by token."""
+
+    scalars: dict[str, float]
+    texts: dict[str, list[float]]  # by language, in nats
+
+
+def probe_before(study: Study, progress: Progress) -> Probed:
     """What the untouched model can do with its output, from the cache where an earlier run measured it."""
     lexicon = study.lexicon
     config = study.config
     inputs = (study.words, lexicon.digest, _texts(study), config.dataset.seed, config.eval.probes, EXAMPLES)
     languages = (lexicon.source_language, lexicon.target_language)
-    return baseline_values(
-        "probes", study.loaded, repr(inputs + languages), lambda: probe(study, study.loaded.model, "before", progress)
-    )
+
+    def make() -> list[Any]:
+        found = _probe(study, study.loaded.model, "before", progress)
+        return [found.scalars, found.texts]
+
+    return Probed(*baseline_values("probes", study.loaded, repr(inputs + languages), make))
 
 
-def probe(study: Study, model: nn.Module, when: Literal["before", "after"], progress: Progress) -> dict[str, float]:
-    """Perplexity in each language and word translation through the model's own output; empty if not asked."""
+def probe_after(study: Study, model: nn.Module, before: Probed, progress: Progress) -> dict[str, float]:
+    """What the adapted model can do, and each perplexity's relative change with its 95 % interval."""
+    found = _probe(study, model, "after", progress)
+    changes: dict[str, float] = {}
+    for language, tokens in found.texts.items():
+        change, low, high = perplexity_change(before.texts[language], tokens)
+        name = f"lm/perplexity_{language}"
+        changes |= {f"{name}_change": change, f"{name}_change_low": low, f"{name}_change_high": high}
+    return found.scalars | changes
+
+
+def _probe(study: Study, model: nn.Module, when: Literal["before", "after"], progress: Progress) -> Probed:
+    """Log-probabilities of each language's text, and word translation by the model's output; empty if not asked."""
     if not study.config.eval.probes:
-        return {}
+        return Probed({}, {})
     tokenizer, lexicon = study.loaded.tokenizer, study.lexicon
-    found = {
-        f"lm/perplexity_{language}_{when}": perplexity(model, tokenizer, text)
+    texts = {
+        language: token_log_probabilities(model, tokenizer, text)
         for language, text in progress(list(_texts(study).items()), f"Reading texts {when}")
     }
-    for key, value in found.items():
+    scalars: dict[str, float] = {}
+    for language, tokens in texts.items():
+        scalars |= {f"lm/perplexity_{language}_{when}": perplexity_of(tokens)}
+        if when == "before":
+            scalars[f"lm/tokens_{language}"] = len(tokens)
+    for key, value in scalars.items():
         if not math.isfinite(value):
             raise NumbersError(f"{key} is {value}: {likely_cause(model)}")
     accuracy = translation_accuracy(
@@ -243,7 +283,7 @@ def probe(study: Study, model: nn.Module, when: Literal["before", "after"], prog
         seed=study.config.dataset.seed,
         progress=progress,
     )
-    return found | {f"translation/accuracy_{when}": accuracy}
+    return Probed(scalars | {f"translation/accuracy_{when}": accuracy}, texts)
 
 
 def _texts(study: Study) -> dict[str, str]:
@@ -340,51 +380,7 @@ def control_margin(study: Study, model: nn.Module, below: Below | None) -> float
     return measure(source, target, study.relevant("control"), names=("margin",))["margin"]
 
 
-# --- judging ------------------------------------------------------------------------------------------------
-
-
-def conclude(
-    study: Study, before: Encoding, after: Encoding | None, probes: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, SpecificityResult]]:
-    """(scalars at the evaluation layer with the verdict, specificity test of each split); a pilot has no evidence."""
-    if after is None:
-        return _pilot_scalars(study, before) | {"verdict": "none", "verdict_reason": "Nothing was trained."}, {}
-    evidence, specificity = {}, {}
-    for split in SPLITS:
-        rows = study.rows(split)
-        evidence[split], specificity[split] = gather_evidence(
-            *before.at(study.eval_index, rows),
-            *after.at(study.eval_index, rows),
-            study.relevant(split),
-            permutations=study.config.eval.permutations,
-        )
-    verdict = judge(
-        evidence["train"],
-        evidence["control"],
-        perplexity_increase=perplexity_increase(probes),
-        max_perplexity_increase=study.config.eval.max_perplexity_increase,
-    )
-    scalars = {f"{split}/{name}": value for split, found in evidence.items() for name, value in asdict(found).items()}
-    return scalars | {"verdict": verdict.label, "verdict_reason": verdict.reason}, specificity
-
-
-def _pilot_scalars(study: Study, before: Encoding) -> dict[str, float]:
-    names = ("pair_cosine", "margin", "csls_p_at_1")
-    found = {
-        split: measure(*before.at(study.eval_index, study.rows(split)), study.relevant(split), names=names)
-        for split in SPLITS
-    }
-    return {f"{split}/{name}_before": value for split, values in found.items() for name, value in values.items()}
-
-
-def perplexity_increase(probes: Mapping[str, Any]) -> float | None:
-    """The largest relative rise of a language's perplexity; None where none was measured."""
-    rises = [
-        probes[key.removesuffix("_before") + "_after"] / value - 1
-        for key, value in probes.items()
-        if key.startswith("lm/perplexity_") and key.endswith("_before")
-    ]
-    return max(rises, default=None)
+# --- the pairs one by one -----------------------------------------------------------------------------------
 
 
 def pair_rows(study: Study, before: Encoding, after: Encoding | None) -> list[tuple[Any, ...]]:

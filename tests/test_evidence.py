@@ -15,8 +15,10 @@ from scipy import stats
 from torch import Tensor
 
 from bench.calibration import scenarios, simulate
-from src import evidence
+from bench.nulls import Change, moved
+from src import evidence, paired, specificity
 from src.evidence import SplitEvidence, gather_evidence, holm, judge, specificity_test
+from src.paired import gain_interval, mcnemar, paired_tests
 
 RNG = np.random.default_rng(0)
 
@@ -113,7 +115,7 @@ def test_specificity_refuses_and_repeats():
 def test_changes_tested_together_share_matchings_and_nothing_else():
     before, after = matrices(30, 0.03)
     measured = [(before, before), (before, after), (after, before + np.eye(30))]
-    together = evidence._specificity_tests([evidence._change(*pair) for pair in measured], 300, 3)
+    together = specificity.specificity_tests([specificity.change(*pair) for pair in measured], 300, 3)
     for pair, found in zip(measured, together, strict=True):
         by_itself = specificity_test(*pair, permutations=300, seed=3)
         assert (found.gain, found.pvalue, found.pvalue_less) == (
@@ -130,38 +132,60 @@ def test_changes_tested_together_share_matchings_and_nothing_else():
 
 def test_paired_tests_equal_scipys():
     gains = RNG.normal(0.1, 1, 80)
-    t_pvalue, wilcoxon_pvalue, effect = evidence._paired(gains)
+    t_pvalue, wilcoxon_pvalue, effect = paired_tests(gains, np.arange(80))
     assert t_pvalue == pytest.approx(stats.ttest_rel(gains + 1, np.ones(80)).pvalue)
     assert wilcoxon_pvalue == pytest.approx(np.asarray(stats.wilcoxon(gains))[1])
     assert effect == pytest.approx(gains.mean() / gains.std(ddof=1))
-    low, high = evidence._interval(gains, 0)
+    low, high = gain_interval(gains, np.arange(80), 0)
     expected = stats.t.interval(0.95, 79, gains.mean(), gains.std(ddof=1) / 80**0.5)
     assert (low, high) == pytest.approx(expected, abs=0.03)
 
 
+def test_pairs_of_one_word_are_one_observation():
+    """Each word three times over: nothing may become surer than with each word once."""
+    gains, words = RNG.normal(0.1, 1, 60), np.arange(60)
+    once = (*paired_tests(gains, words), *gain_interval(gains, words, 0))
+    thrice = (*paired_tests(gains.repeat(3), words.repeat(3)), *gain_interval(gains.repeat(3), words.repeat(3), 0))
+    assert thrice == pytest.approx(once)
+    naive = paired_tests(gains.repeat(3), np.arange(180))
+    assert naive[0] < once[0] / 2  # what counting by pair would claim
+
+
+def test_the_interval_is_around_the_mean_of_all_pairs():
+    """One word with many pairs weighs as much as its pairs do, in the mean and in its interval."""
+    words = np.concatenate([np.zeros(40, dtype=int), np.arange(1, 21)])
+    gains = np.where(words == 0, 1.0, 0.0) + RNG.normal(0, 0.01, 60)
+    low, high = gain_interval(gains, words, 0)
+    assert low < gains.mean() < high
+    assert high - low > 0.5  # with or without that word
+
+
 def test_degenerate_gains_have_defined_answers(monkeypatch):
-    monkeypatch.setattr(evidence, "RESAMPLES", 500)
-    assert evidence._paired(np.zeros(50)) == (1, 1, 0)
-    assert evidence._interval(np.zeros(50), 0) == (0, 0)
+    monkeypatch.setattr(paired, "RESAMPLES", 500)
+    fifty = np.arange(50)
+    assert paired_tests(np.zeros(50), fifty) == (1, 1, 0)
+    assert gain_interval(np.zeros(50), fifty, 0) == (0, 0)
     same = np.full(50, -0.1)
-    t_pvalue, wilcoxon_pvalue, effect = evidence._paired(same)
+    t_pvalue, wilcoxon_pvalue, effect = paired_tests(same, fifty)
     assert t_pvalue == 2.0**-49
     assert 0 < wilcoxon_pvalue < 1e-6
     assert effect == -1e6
-    assert evidence._interval(same, 0) == pytest.approx((-0.1, -0.1))
-    assert evidence._paired(np.array([0.1, 0.2, 0.3]))[:2] == (1, 1)
-    assert evidence._interval(np.array([0.1, 0.2, 0.3]), 0) == (-2, 2)
-    assert evidence._paired(RNG.normal(1, 1e-3, 5000))[0] > 0  # a p-value is never 0
+    assert gain_interval(same, fifty, 0) == pytest.approx((-0.1, -0.1))
+    assert paired_tests(np.array([0.1, 0.2, 0.3]), np.arange(3))[:2] == (1, 1)
+    assert paired_tests(RNG.normal(size=9), np.arange(9) // 3)[:2] == (1, 1)  # three words
+    assert gain_interval(np.array([0.1, 0.2, 0.3]), np.arange(3), 0) == (-2, 2)
+    assert paired_tests(RNG.normal(1, 1e-3, 5000), np.arange(5000))[0] > 0  # a p-value is never 0
     for n in range(1, 12):
         for gains in (np.eye(1, n)[0], np.round(RNG.normal(size=n)), RNG.normal(size=n) * 1e-12):
-            found = np.array([*evidence._paired(gains), *evidence._interval(gains, 0)])
-            assert np.isfinite(found).all()
+            for words in (np.arange(n), np.arange(n) // 2):
+                found = np.array([*paired_tests(gains, words), *gain_interval(gains, words, 0)])
+                assert np.isfinite(found).all()
 
 
 def test_mcnemar_by_hand():
     before, after = (np.array(bits, dtype=bool) for bits in ([1, 1, 1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1, 1]))
-    assert evidence._mcnemar(before, after) == pytest.approx(2 * (1 + 6) / 2**6)  # five lost, one won
-    assert evidence._mcnemar(before, before) == 1
+    assert mcnemar(before, after) == pytest.approx(2 * (1 + 6) / 2**6)  # five lost, one won
+    assert mcnemar(before, before) == 1
 
 
 def test_holm():
@@ -192,9 +216,42 @@ def test_evidence_of_a_split():
     assert found.specificity_pvalue == result.pvalue == 1 / 501
     assert found.scaled_specificity_gain > 0
     assert found.specificity_harm_pvalue > 0.9
+    assert (found.n_pairs, found.n_words, found.specificity_pairs) == (60, 60, 60)
     json.dumps(dataclasses.asdict(found), allow_nan=False)
     back, _ = gather_evidence(*after, *before, alone(60), permutations=500)
     assert back.specificity_harm_pvalue == 1 / 501
+
+
+def thrice(vectors: tuple[Tensor, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Every source three times, each with its own target and two more."""
+    source, target = vectors
+    return source.repeat_interleave(3, dim=0), torch.stack([target, *targets], dim=1).flatten(0, 1)
+
+
+def test_a_word_with_three_translations_has_one_vote():
+    """By pair the same words win three times over, and McNemar is that much surer of itself."""
+    n, draw = 40, torch.Generator().manual_seed(3)
+    others = unit(torch.randn(2, n, 32, generator=draw).flatten(0, 1)).unflatten(0, (2, n))
+    before, after = (thrice(vectors(n, noise=noise), others) for noise in (1.5, 0.8))
+    relevant = (torch.arange(3 * n) // 3 * 3)[:, None] + torch.arange(3)
+    found, _ = gather_evidence(*before, *after, relevant, permutations=100)
+    assert (found.n_pairs, found.n_words) == (3 * n, n)
+    assert found.words_won > 5
+    assert found.words_won - found.words_lost == round(n * (found.csls_p_at_1_after - found.csls_p_at_1_before))
+    assert found.mcnemar_pvalue == pytest.approx(
+        stats.binomtest(int(found.words_won), int(found.words_won + found.words_lost)).pvalue
+    )
+    assert found.specificity_pairs == n
+
+
+def test_several_translations_do_not_make_the_null_surer(monkeypatch):
+    """Counted by pair, McNemar gave p < 0.05 in 31 % of such splits."""
+    monkeypatch.setattr(paired, "RESAMPLES", 20)
+    splits = (moved(Change(translations=3))(np.random.default_rng(seed), 150) for seed in range(80))
+    found = [gather_evidence(*split.vectors, split.relevant, permutations=10)[0] for split in splits]
+    for name in ("mcnemar_pvalue", "t_pvalue"):
+        surer = sum(getattr(one, name) < 0.05 for one in found)
+        assert stats.binomtest(surer, 80, 0.05, alternative="greater").pvalue > 0.01
 
 
 def test_no_change_is_no_evidence():
@@ -261,15 +318,118 @@ def test_large_splits_are_sampled(monkeypatch):
     assert first.margin_gain == other.margin_gain
 
 
+# Near words
+
+
+def change_of(gains: np.ndarray) -> specificity.Change:
+    return specificity.change(np.zeros_like(gains), gains)
+
+
+def near(sources: np.ndarray, targets: np.ndarray) -> specificity.Near:
+    return specificity.Near(sources, targets)
+
+
+def test_near_words_by_hand():
+    """Six words in two classes; the classes gained as a whole, and no pair more than its class."""
+    classes = np.kron(np.eye(2), np.ones((3, 3)))
+    others = np.array([[1, 2], [0, 2], [0, 1], [4, 5], [3, 5], [3, 4]])
+    assert specificity_test(np.zeros((6, 6)), classes).gain > 0
+    found = specificity.near_test([change_of(classes)], [near(others, others)])
+    assert (found.gain, found.pvalue) == (pytest.approx(0), 1)
+    found = specificity.near_test([change_of(classes + np.eye(6))], [near(others, others)])
+    assert found.gain == pytest.approx(1)
+    assert found.pvalue == 0.5**6  # every word gained more than all of its near ones
+
+
+def test_near_words_are_neighbours_in_their_own_language():
+    a, b = (unit(torch.randn(30, 8, generator=torch.Generator().manual_seed(seed))).numpy() for seed in (0, 1))
+    found = specificity.neighbours(a, b)
+    for vectors_, rows in ((a, found.sources), (b, found.targets)):
+        cosines = vectors_ @ vectors_.T
+        for i, row in enumerate(rows):
+            expected = sorted((j for j in range(30) if j != i), key=lambda j: -cosines[i, j])[: specificity.NEAR]
+            assert sorted(row) == sorted(expected)
+
+
+def test_words_alike_in_form_have_the_same_length_and_likeness():
+    rng = np.random.default_rng(0)
+    similarity, lengths = rng.uniform(size=(40, 40)), rng.integers(3, 9, size=40)
+    similarity[0, [5, 6, 7, 8, 9]] = similarity[0, 0]
+    lengths[[5, 6, 7, 8, 9]] = lengths[0]
+    found = specificity.alike_in_form(similarity, lengths, lengths)
+    assert sorted(found.targets[0]) == [5, 6, 7, 8, 9]
+    similarity = similarity.T.copy()
+    assert sorted(specificity.alike_in_form(similarity, lengths, lengths).sources[0]) == [5, 6, 7, 8, 9]
+
+
+def test_what_form_explains_is_taken_away():
+    rng = np.random.default_rng(0)
+    likeness, noise = rng.uniform(size=(50, 50)), 0.01 * rng.normal(size=(50, 50))
+    likeness += np.eye(50)
+    left = specificity.without_form(change_of(3 * likeness + noise), [likeness, rng.normal(size=(50, 50))])
+    np.testing.assert_allclose(left.gains, change_of(noise).gains, atol=0.01)
+    real = specificity.without_form(change_of(3 * likeness + noise + np.eye(50)), [likeness])
+    assert real.pair_gains.mean() == pytest.approx(1, abs=0.05)
+
+
+def test_a_gain_of_a_few_words_does_not_survive_without_them():
+    gains = 0.1 * np.random.default_rng(0).normal(size=(60, 60))
+    few = gains + np.diag([2.0] * 3 + [0.0] * 57)
+    assert specificity.left_out_pvalue(change_of(few)) > 0.05
+    assert specificity.left_out_pvalue(change_of(gains + 0.2 * np.eye(60))) < 1e-4
+    assert specificity.left_out_pvalue(change_of(np.zeros((60, 60)))) == 1
+
+
+def test_what_the_best_layer_calls_near_counts():
+    """Classes that only another layer of the untouched model shows."""
+    draw = torch.Generator().manual_seed(0)
+    before = vectors(60, noise=1.5)
+    group = torch.arange(60) // 5
+    shared = 0.6 * unit(torch.randn(12, 32, generator=draw))[group]
+    after = (unit(before[0] + shared), unit(before[1] + shared))
+    shown = unit(torch.randn(12, 32, generator=draw)[group] + 0.1 * torch.randn(60, 32, generator=draw))
+    blind, _ = gather_evidence(*before, *after, alone(60), permutations=200)
+    told, _ = gather_evidence(*before, *after, alone(60), permutations=200, best_layer=(shown, shown))
+    assert blind.specificity_pvalue == 1 / 201
+    assert told.near_pvalue >= blind.near_pvalue
+    assert told.near_pvalue > 0.05
+
+
+def test_parts_of_a_split_choose_among_all_targets():
+    before, after = vectors(60, noise=1.5), vectors(60, noise=1.0)
+    among = np.arange(60) % 3 == 0
+    part, _ = gather_evidence(*before, *after, alone(60), permutations=100, among=among)
+    hits = (evidence.csls_ranks(*after, alone(60)) == 1).numpy()
+    assert (part.n_pairs, part.n_words) == (20, 20)
+    assert part.csls_p_at_1_after == pytest.approx(hits[among].mean())
+    assert part.pair_cosine_after == pytest.approx((after[0] * after[1]).sum(1)[among].mean().item(), abs=1e-6)
+    whole, _ = gather_evidence(*before, *after, alone(60), permutations=100)
+    everything, _ = gather_evidence(*before, *after, alone(60), permutations=100, among=np.ones(60, dtype=bool))
+    assert whole == everything
+
+
 # The verdict
 
 NOTHING = SplitEvidence(**{field.name: 0.0 for field in dataclasses.fields(SplitEvidence)})
 NOTHING = dataclasses.replace(
     NOTHING, **{field.name: 1.0 for field in dataclasses.fields(SplitEvidence) if field.name.endswith("pvalue")}
 )
-SPECIFIC = dataclasses.replace(
-    NOTHING, specificity_gain=0.03, specificity_pvalue=0.001, scaled_specificity_pvalue=0.002, margin_gain=0.03
+DRAWN = dataclasses.replace(  # beyond random matchings
+    NOTHING,
+    n_words=63,
+    specificity_pairs=63,
+    specificity_gain=0.03,
+    specificity_sd=0.06,
+    specificity_pvalue=0.001,
+    scaled_specificity_gain=0.3,
+    scaled_specificity_sd=0.6,
+    scaled_specificity_pvalue=0.002,
+    margin_gain=0.03,
 )
+SPECIFIC = dataclasses.replace(  # and beyond near words
+    DRAWN, near_gain=0.02, near_pvalue=0.001, left_out_specificity_pvalue=0.01, left_out_near_pvalue=0.01
+)
+NOTHING = dataclasses.replace(NOTHING, n_words=63, specificity_pairs=63, specificity_sd=0.06, scaled_specificity_sd=0.6)
 RISEN = {"pair_cosine_gain": 0.1, "t_pvalue": 1e-60}
 FALLEN = {"csls_p_at_1_before": 0.5, "csls_p_at_1_after": 0.3}
 APART = {"specificity_gain": -0.03, "specificity_harm_pvalue": 0.001}
@@ -307,8 +467,19 @@ def but(found: SplitEvidence, **changes: float) -> SplitEvidence:
         (NOTHING, but(NOTHING, **RISEN, **APART), None, "harmed"),
         (NOTHING, but(NOTHING, csls_p_at_1_after=0.4, mcnemar_pvalue=0.001), None, "none"),  # P@1 rose
         (but(NOTHING, **APART), NOTHING, None, "none"),  # harm is control's
-        # memorised before inflated
+        # near words, and few ones
+        (SPECIFIC, DRAWN, None, "drawn together"),
+        (NOTHING, DRAWN, None, "drawn together"),
+        (DRAWN, SPECIFIC, None, "aligned"),  # near words are asked about for unseen pairs alone
+        (SPECIFIC, but(SPECIFIC, near_pvalue=0.06), None, "drawn together"),
+        (SPECIFIC, but(SPECIFIC, near_gain=-0.01), None, "drawn together"),
+        (SPECIFIC, but(SPECIFIC, left_out_specificity_pvalue=0.06), None, "drawn together"),
+        (SPECIFIC, but(SPECIFIC, left_out_near_pvalue=0.06), None, "drawn together"),
+        # memorised before inflated, and only where trained pairs gained more
         (SPECIFIC, NOTHING, None, "memorised"),
+        (but(SPECIFIC, specificity_pairs=600), but(NOTHING, specificity_gain=0.02), None, "none"),
+        (but(SPECIFIC, specificity_pairs=600), but(NOTHING, scaled_specificity_gain=0.2), None, "none"),
+        (SPECIFIC, but(NOTHING, specificity_pairs=4), None, "none"),
         (but(SPECIFIC, **RISEN), but(NOTHING, **RISEN), None, "memorised"),
         (but(NOTHING, **RISEN), but(NOTHING, **RISEN), None, "inflated"),
         (but(NOTHING, **RISEN), NOTHING, None, "inflated"),
@@ -326,6 +497,76 @@ def test_verdict(train, control, perplexity, label):
     assert all(0 <= p <= 1 for p in found.adjusted.values())
 
 
+def test_the_reasons_say_what_was_shown():
+    reason = verdict(SPECIFIC, DRAWN).reason
+    assert "beyond random matchings" in reason and "not beyond near words" in reason
+    reason = verdict(SPECIFIC, but(SPECIFIC, left_out_near_pvalue=0.3, share_gained=0.4)).reason
+    assert "a few words carry it" in reason and "40% of them gained" in reason
+    assert "63 words" in verdict(SPECIFIC, SPECIFIC).reason
+    assert "nor is it shown that they gained less" in verdict(SPECIFIC, but(NOTHING, specificity_gain=0.02)).reason
+
+
+def test_memorised_is_a_test_and_not_a_difference_in_significance():
+    """The same gain in both, which only the larger split can show, is no memorising."""
+    seen = but(SPECIFIC, specificity_pairs=623)
+    unseen = but(NOTHING, specificity_gain=0.03, scaled_specificity_gain=0.3, specificity_pvalue=0.06)
+    found = verdict(seen, unseen)
+    assert found.label == "none"
+    assert found.adjusted["train/excess_pvalue"] == 1
+    # Welch's test of 0.03 ± 0.06 against 0 ± 0.06, 63 pairs each, by scipy
+    expected = stats.ttest_ind_from_stats(0.03, 0.06, 63, 0.0, 0.06, 63, equal_var=False, alternative="greater").pvalue
+    assert verdict(SPECIFIC, NOTHING).adjusted["train/excess_pvalue"] == pytest.approx(max(2 * expected, 0.002 * 2))
+
+
+UNALIKE = but(SPECIFIC, n_words=40)
+
+
+@pytest.mark.parametrize(
+    ("control", "unalike", "label"),
+    [
+        (SPECIFIC, UNALIKE, "aligned"),
+        (SPECIFIC, but(UNALIKE, near_pvalue=0.3), "drawn together"),
+        (SPECIFIC, but(UNALIKE, specificity_pvalue=0.3), "none"),  # look-alikes alone gained
+        (NOTHING, UNALIKE, "none"),  # with the look-alikes the margin did not rise
+        (but(NOTHING, margin_gain=0.01), UNALIKE, "aligned"),
+        (SPECIFIC, but(UNALIKE, **FALLEN, mcnemar_pvalue=0.1), "none"),
+        (SPECIFIC, but(UNALIKE, n_words=29), "drawn together"),
+        (SPECIFIC, but(NOTHING, n_words=29), "drawn together"),  # too few to ask: all words, and no more than this
+        (NOTHING, but(UNALIKE, n_words=29), "none"),
+    ],
+)
+def test_claims_rest_on_words_that_are_no_look_alikes(control, unalike, label):
+    found = verdict(NOTHING, control, unalike=unalike)
+    assert found.label == label
+    if unalike.n_words == 29 and label == "drawn together":
+        assert "only 29 unseen words aren't look-alikes" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("increase", "interval", "label", "told"),
+    [
+        (0.12, (0.11, 0.13), "harmed", "Perplexity changed by +12% [+11%, +13%]"),
+        (0.12, (0.08, 0.16), "aligned", "can't be told: [+8%, +16%]"),
+        (0.08, (0.05, 0.12), "aligned", "can't be told: [+5%, +12%]"),
+        (0.08, (0.05, 0.09), "aligned", ""),
+        (0.1, (0.1, 0.1), "aligned", ""),
+        (math.inf, (0.0, 0.1), "harmed", ""),
+        (0.12, None, "harmed", "Perplexity changed by +12%;"),
+    ],
+)
+def test_perplexity_harms_where_its_interval_does(increase, interval, label, told):
+    found = judge(
+        SPECIFIC,
+        SPECIFIC,
+        perplexity_increase=increase,
+        perplexity_interval=interval,
+        max_perplexity_increase=0.1,
+    )
+    assert found.label == label
+    assert told in found.reason
+    assert ("can't be told" in found.reason) == ("can't" in told)
+
+
 def test_alpha_is_heard():
     assert judge(SPECIFIC, SPECIFIC, perplexity_increase=None, max_perplexity_increase=0.1, alpha=0.001).label == "none"
 
@@ -333,11 +574,14 @@ def test_alpha_is_heard():
 # Calibration: whole simulated runs, smaller and fewer than in bench/calibration.py
 
 
-def called_aligned(name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(evidence, "RESAMPLES", 100)  # no verdict reads the interval
+def outcome_of(name: str, seed: int, pairs: tuple[int, int] = (80, 63)):
     scenario = next(scenario for scenario in scenarios() if scenario.name == name)
-    outcomes = [simulate(scenario, seed, pairs=(80, 63), permutations=200) for seed in range(runs)]
-    return sum(outcome.label == "aligned" for outcome in outcomes)
+    return simulate(scenario, seed, pairs=pairs, permutations=200)
+
+
+def called(labels: set[str], name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(paired, "RESAMPLES", 100)  # no verdict reads the interval
+    return sum(outcome_of(name, seed).label in labels for seed in range(runs))
 
 
 NULLS = [
@@ -347,15 +591,37 @@ NULLS = [
     "all cosines spread out",
     "sink: random moves",
 ]
+NEARLY = [  # something happened, but nothing to each word and its own translation
+    "to the means of classes of 5",
+    "to the means of classes of n/4",
+    "10 % become strong hubs",
+    "to the spelling, a third look-alikes",
+    "6 of 63 pairs aligned",
+]
 
 
-def test_nulls_are_rarely_called_aligned(monkeypatch):
-    """At most 5 % of 200 runs, but for chance."""
-    found = sum(called_aligned(name, 40, monkeypatch) for name in NULLS)
-    assert stats.binomtest(found, 200, 0.05, alternative="greater").pvalue > 0.01
+def test_nulls_are_rarely_called_aligned_or_drawn_together(monkeypatch):
+    """At most 5 % of 150 runs, but for chance."""
+    found = sum(called({"aligned", "drawn together"}, name, 30, monkeypatch) for name in NULLS)
+    assert stats.binomtest(found, 150, 0.05, alternative="greater").pvalue > 0.01
 
 
-def test_true_effects_are_called_aligned(monkeypatch):
-    """At least 90 % of 40 runs, but for chance."""
-    found = called_aligned("true effect, d_z = 0.5", 40, monkeypatch)
+def test_what_near_words_share_is_rarely_called_aligned(monkeypatch):
+    """At most 5 % of 100 runs, but for chance; without the near words it would be most of them."""
+    found = sum(called({"aligned"}, name, 20, monkeypatch) for name in NEARLY)
+    assert stats.binomtest(found, 100, 0.05, alternative="greater").pvalue > 0.01
+
+
+def test_true_effects_are_found(monkeypatch):
+    """At least 90 % of 40 runs, but for chance; a strong one is called aligned."""
+    found = called({"aligned", "drawn together"}, "true effect, d_z = 0.5", 40, monkeypatch)
     assert stats.binomtest(found, 40, 0.9, alternative="less").pvalue > 0.01
+    assert called({"aligned"}, "true effect, d_z = 0.8", 20, monkeypatch) >= 17
+
+
+def test_the_same_process_in_both_splits_is_rarely_called_memorised(monkeypatch):
+    """A difference in significance alone earned it in up to 78 % of such runs."""
+    monkeypatch.setattr(paired, "RESAMPLES", 100)
+    labels = [outcome_of("the same weak effect, 623 and 63 pairs", seed, (300, 40)).label for seed in range(60)]
+    assert stats.binomtest(labels.count("memorised"), 60, 0.05, alternative="greater").pvalue > 0.01
+    assert called({"memorised"}, "train pairs memorised", 40, monkeypatch) >= 34
