@@ -262,3 +262,43 @@ def test_refusals():
         for call in (measure, retrieval_ranks, csls_ranks):
             with pytest.raises(ValueError, match="finite"):
                 call(source, target, alone(4))
+
+
+def test_a_word_with_several_translations_has_one_vote():
+    """Two words: one with three translations, found; one with one, not. By pair three of four would be right."""
+    source = torch.tensor([[1.0, 0.0, 0.0]] * 3 + [[0.0, 1.0, 0.0]])
+    target = unit(torch.tensor([[1.0, 0.1, 0.0], [1.0, 0.0, 0.2], [0.0, 0.0, 1.0], [0.6, 0.0, 1.0]]))
+    relevant = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 0, 2], [3, -1, -1]])  # in any order
+    assert measures.source_words(source, relevant).tolist() == [0, 0, 0, 1]
+    found = measure(source, target, relevant, names=["nn_p_at_1", "csls_p_at_1", "mrr"])
+    ranks = retrieval_ranks(source, target, relevant).tolist()
+    assert ranks[:3] == [1, 1, 1]
+    assert ranks[3] > 1
+    assert found["nn_p_at_1"] == found["csls_p_at_1"] == 0.5
+    assert found["mrr"] == pytest.approx((1 + 1 / ranks[3]) / 2)
+    assert measure(source, target, relevant, fitted_on=(source, target))["procrustes_p_at_1"] in (0, 0.5, 1)
+
+
+def test_equal_vectors_of_other_words_have_a_vote_each():
+    source, target = words(20, 1)
+    source[3] = source[7]
+    assert measures.source_words(source, alone(20)).tolist() == list(range(20))
+    both = torch.cat([alone(20), torch.full((20, 1), -1)], dim=1)
+    both[3, 1], both[7, 1] = 7, 3
+    assert len(measures.source_words(source, both).unique()) == 19
+    source[3, 0] += 0.1
+    assert len(measures.source_words(source, both).unique()) == 20
+    assert len(target) == 20
+
+
+def test_a_repeated_source_counts_once_among_a_targets_neighbours():
+    """CSLS with each source twice, both translations listed, is CSLS with each once and twice the targets."""
+    source, target = words(30, 3, noise=1.2)
+    more = unit(torch.randn(30, 24, generator=torch.Generator().manual_seed(9)))
+    relevant = torch.stack([torch.arange(30), torch.arange(30) + 30], dim=1)
+    twice = csls_ranks(torch.cat([source, source]), torch.cat([target, more]), relevant.repeat(2, 1))
+    a, b = source.double(), torch.cat([target, more]).double()
+    s = a @ b.T
+    csls = 2 * s - s.topk(10, dim=0).values.mean(0)
+    expected = [rank(csls[i].numpy(), set(relevant[i].tolist())) for i in range(30)]
+    assert twice.tolist() == expected * 2
