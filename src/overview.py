@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 from src.plots import (
     AFTER,
     BEFORE,
+    INK,
     MISMATCHED,
     PAIRS,
     QUIET,
@@ -26,8 +27,10 @@ from src.plots import (
     write_figures,
 )
 from src.results import read_table
+from src.summary import counted_by
 
 MOST = 30  # jobs in the figure of settings
+NAME = 44  # characters of a job's name and verdict
 BEST = 5  # curves with a colour and a name of their own
 COLOURS = (AFTER, PAIRS, WORSE, BEFORE, MISMATCHED)
 GAIN = "control/margin_gain"
@@ -46,7 +49,10 @@ def draw_overview(found: Sequence[Mapping[str, Any]], folder: Path, title: str) 
 
 
 def _settings(trained: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """An arrow for each job, from the retrieval of unseen words before training to that after it."""
+    """A line for each job, from the retrieval of unseen words before training to that after it.
+
+    A bar marks the best layer of the untouched model, beside which the end must be read.
+    """
     shown = trained[:MOST]
     counts = Counter(results["verdict"] for results in trained)
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
@@ -55,15 +61,19 @@ def _settings(trained: Sequence[Mapping[str, Any]], title: str) -> Figure:
     figure.subplots_adjust(left=0.42, right=0.97)
     for row, results in enumerate(shown):
         before, after = (results[f"control/csls_p_at_1_{when}"] for when in ("before", "after"))
-        colour = {"aligned": PAIRS, "harmed": WORSE}.get(results["verdict"], QUIET)
+        colour = {"aligned": PAIRS, "drawn together": AFTER, "harmed": WORSE}.get(results["verdict"], QUIET)
         axes.plot([before, after], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
         axes.plot(before, row, "o", color="white", markeredgecolor=colour, markersize=5)
         axes.plot(after, row, "o", color=colour, markersize=6)
-    labels = [f"{_short(results['name'])}  ({results['verdict']})" for results in shown]
+        if (untouched := results.get("baseline/best_layer_csls_p_at_1_before")) is not None:
+            axes.plot(untouched, row, "|", color=INK, markersize=11, markeredgewidth=1.5)
+    labels = [f"{_short(results['name'], NAME - len(results['verdict']))}  ({results['verdict']})" for results in shown]
     axes.set_yticks(range(len(shown)), labels, fontsize=8, parse_math=False)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(visible=True, axis="x")
-    axes.set_xlabel("retrieval, CSLS P@1: open before, filled after")
+    known = any("baseline/best_layer_csls_p_at_1_before" in results for results in shown)
+    bar = "; bar: best untouched layer" if known else ""
+    axes.set_xlabel(f"{_retrieval(trained)}: open before, filled after{bar}", x=1, horizontalalignment="right")
     _as_percent(axes, "x")
     return figure
 
@@ -96,7 +106,7 @@ def _layers(trained: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
     labels.append(("before training", float(next(iter(untouched))[-1]), "black"))
     layer_axis(axes, names)
     _as_percent(axes, "y")
-    axes.set_ylabel("retrieval, CSLS P@1")
+    axes.set_ylabel(_retrieval([results for results, _ in curves]))
     end_labels(axes, labels)
     return figure
 
@@ -105,10 +115,15 @@ def _count(jobs: int) -> str:
     return f"The best {BEST} of {jobs} jobs" if jobs > BEST else f"{jobs} jobs" if jobs > 1 else "One job"
 
 
-def _short(name: str, most: int = 48) -> str:
+def _retrieval(found: Sequence[Mapping[str, Any]]) -> str:
+    units = " or ".join(sorted({counted_by(results) for results in found}, reverse=True))
+    return f"retrieval, CSLS P@1 by {units}"
+
+
+def _short(name: str, most: int) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _as_percent(axes: Axes, side: str) -> None:
     axis = axes.xaxis if side == "x" else axes.yaxis
-    axis.set_major_formatter(PercentFormatter(1))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))

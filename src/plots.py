@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from src.files import written_atomically
 
@@ -28,6 +30,7 @@ STYLE: dict[Any, Any] = {
     "axes.titley": 1.0,  # where it stands anyway: to find that out, matplotlib lays out all ticks once more
 }  # fmt: skip
 WIDTH, HEIGHT, DPI = 8, 4.8, 150  # inches and dots per inch: 1,200 pixels wide
+PERCENT = FuncFormatter(lambda value, _: f"{value:g} %")
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # no exponent set apart in a corner
 NO_GAP = 0.01  # a margin below this can't be seen between two curves; however high they are
 SPLITS = {"control": "words never trained on", "train": "trained words"}
@@ -172,7 +175,10 @@ def _similarity_headline(table: Layers) -> str:
 
 
 def retrieval(table: Layers, pairs: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
-    """Share of words whose nearest neighbour is a translation, over the layers, by CSLS and by plain cosine."""
+    """Share of words whose nearest neighbour is a translation, over the layers, by CSLS and by plain cosine.
+
+    Beside a trained run's curves stands what the best layer of the untouched model reaches.
+    """
     trained = any(stage == "after" for stage, _, _ in table.values)
     curves = [("after", "control", AFTER), ("before", "control", BEFORE)] if trained else [("pilot", "all", AFTER)]
     panels = [
@@ -182,8 +188,8 @@ def retrieval(table: Layers, pairs: Sequence[Mapping[str, Any]], title: str) -> 
     ]
     if not panels:
         return None
-    size = sum(row["split"] == "control" for row in pairs) if trained else len(pairs)
-    headline = _retrieval_headline(table, curves, panels[0], size)
+    words, chance = _chance([row for row in pairs if row["split"] == "control" or not trained])
+    headline = _retrieval_headline(table, curves, panels[0], words, chance)
     figure, axes = new_figure(headline, title, (1, len(panels)), sharey=True)
     measures = {measure for _, measure in panels}
     tallest = max(np.nanmax(values) for (*_, measure), values in table.values.items() if measure in measures)
@@ -199,18 +205,51 @@ def retrieval(table: Layers, pairs: Sequence[Mapping[str, Any]], title: str) -> 
                 train = 100 * table.values[stage, "train", measure]
                 panel.plot(train, color=colour, linewidth=1, alpha=0.5)
                 labels.append((f"trained {stage}", train[-1], colour))
-        if size:
-            panel.axhline(100 / size, color=INK, linewidth=1, linestyle=":")
-            labels.append(("chance", 100 / size, INK))
-        panel.yaxis.set_major_formatter(PercentFormatter(100, decimals=0, symbol=" %"))
+        if words:
+            panel.axhline(100 * chance, color=INK, linewidth=1, linestyle=":")
+            labels.append(("chance", 100 * chance, INK))
+        if trained and (best := _best_untouched(table, measure)):
+            _mark_untouched(panel, *best)
+        panel.yaxis.set_major_formatter(PERCENT)
         end_labels(panel, labels)
         layer_axis(panel, table.names)
     axes[0, 0].set_ylabel("words that find a translation")
     return figure
 
 
+def _chance(pairs: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
+    """(source words, P@1 of a blind guess): a word is right with any of the pairs that hold a translation of it."""
+    listed: dict[str, set[str]] = {}
+    for row in pairs:
+        listed.setdefault(row["source"], set()).add(row["target"])
+    if not listed:
+        return 0, 0.0
+    count = Counter(row["target"] for row in pairs)
+    right = [sum(count[target] for target in targets) / len(pairs) for targets in listed.values()]
+    return len(listed), sum(right) / len(right)
+
+
+def _best_untouched(table: Layers, measure: str) -> tuple[str, float] | None:
+    """(layer, P@1 on the control words) of the untouched model's best layer, chosen on the words to train on."""
+    train, control = (table.values.get(("before", split, measure)) for split in ("train", "control"))
+    if train is None or control is None or np.isnan(train).all():
+        return None
+    best = int(np.nanargmax(train))
+    return table.names[best], float(control[best])
+
+
+def _mark_untouched(panel: Axes, layer: str, score: float) -> None:
+    """A thin line across a panel of retrieval: what a layer of the untouched model reaches without any training."""
+    panel.axhline(100 * score, color=INK, linewidth=1, linestyle="--")
+    halo = [withStroke(linewidth=3, foreground="white")]
+    panel.annotate(
+        f"best untouched layer ({layer})", (0.02, 100 * score), (0, 2), xycoords=("axes fraction", "data"),
+        textcoords="offset points", va="bottom", fontsize=8, path_effects=halo,
+    )  # fmt: skip
+
+
 def _retrieval_headline(
-    table: Layers, curves: Sequence[tuple[str, str, str]], panel: tuple[str, str], size: int
+    table: Layers, curves: Sequence[tuple[str, str, str]], panel: tuple[str, str], words: int, chance: float
 ) -> str:
     heading, measure = panel
     found = []
@@ -219,9 +258,10 @@ def _retrieval_headline(
         best = int(np.nanargmax(values))
         when = " after training" if stage == "after" else " before" if stage == "before" else ""
         found.append(f"{100 * values[best]:.0f} %{when} (at {_layer(table, best)})")
-    who = "words never trained on" if len(found) > 1 else "all words"
-    chance = f", by chance {100 / size:.2g} %" if size else ""
-    return f"Of {who}, at best {' and '.join(found)} find their translation by {heading}{chance}"
+    who = "words never trained on" if len(found) > 1 else "words"
+    of = f"{words:,} {who}" if words else f"all {who}" if who == "words" else who
+    by_chance = f", by chance {100 * chance:.2g} %" if words else ""
+    return f"Of {of}, at best {' and '.join(found)} find their translation by {heading}{by_chance}"
 
 
 # --- pairs and tests ----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from src.report_data import Job, Sweep
 
 Format = Literal["html", "csv", "parquet", "md"]
+BEST_LAYERS = ("best_untouched_layer", "best_trained_layer")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -73,18 +74,27 @@ def write(sweep: Sweep, path: Path, form: Format) -> None:
 
 
 def markdown(sweep: Sweep) -> str:
-    """The finding, the leaderboard and the command of the best run."""
-    from src.report_board import COLUMNS, caveats, command, finding, leaderboard
+    """The finding, the leaderboard, and the best run's details and command."""
+    from src.report_best import details
+    from src.report_board import caveats, columns, command, finding, leaderboard
 
-    numbers = "|".join("---" if place < 3 else "---:" for place in range(len(COLUMNS)))
-    rows = [f"| {' | '.join(map(_plain, row))} |" for row in (COLUMNS, *leaderboard(sweep))]
-    rows.insert(1, f"|{numbers}|")
-    parts = [f"# {_plain(sweep.id)}", _plain(finding(sweep)), "\n".join(rows), *map(_plain, caveats(sweep))]
+    board = _markdown_table(columns(sweep), leaderboard(sweep), words=3)
+    parts = [f"# {_plain(sweep.id)}", _plain(finding(sweep)), board, *map(_plain, caveats(sweep))]
+    for detail in details(sweep.ranked[0]):
+        table = _markdown_table(detail.columns, detail.rows, detail.words)
+        parts += [f"## {detail.heading}, {_plain(sweep.ranked[0].label)}", _plain(detail.about), table]
     # A code block's fence must be longer than any row of backticks in it, so the block is indented instead.
-    parts += ["Settings to copy:", f"    {command(sweep.ranked[0])}"]
+    parts += ["## Settings to copy", f"    {command(sweep.ranked[0])}"]
     lost = [*sweep.notes, *(f"job {job.number} ({job.status}): {job.problem}" for job in sweep.others)]
-    parts += ["Left out:\n\n" + "\n".join(f"- {_plain(line)}" for line in dict.fromkeys(lost))] if lost else []
+    parts += ["## Left out", "\n".join(f"- {_plain(line)}" for line in dict.fromkeys(lost))] if lost else []
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
+    """A table of escaped cells; the first `words` columns are text."""
+    heading, *lines = (f"| {' | '.join(map(_plain, row))} |" for row in (columns, *rows))
+    rule = "|".join("---" if place < words else "---:" for place in range(len(columns)))
+    return "\n".join([heading, f"|{rule}|", *lines])
 
 
 def _plain(text: str) -> str:
@@ -112,7 +122,12 @@ def flat(sweep: Sweep) -> list[dict[str, Any]]:
             "verdict": job.verdict or None,
             "pvalue": job.pvalue,
             "pvalue_holm": job.holm,
+            "pvalue_aligned_holm": job.aligned_holm,
             "holds": job.holds,
+            "holds_as": job.holds_as or None,
+            "claimed_on": job.claimed if job.results else None,
+            "counted_by": ("pair" if job.by_pair else "word") if job.results else None,
+            **{key: str(job.results[key]) if key in job.results else None for key in BEST_LAYERS},
             "config_hash": job.results.get("config_hash"),
             "folder": str(job.folder),
             "problem": job.problem or None,

@@ -7,19 +7,29 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UserError
-from src.results import FAILED, DamageError, read_document, read_results, read_table, specificity_pvalue
-from src.summary import SEEDS
+from src.results import (
+    FAILED,
+    DamageError,
+    claimed_split,
+    read_document,
+    read_results,
+    read_table,
+    specificity_pvalue,
+)
+from src.summary import SEEDS, counted_by
 from src.tracking import public_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 ALPHA = 0.05
 MEASURES = {"csls_p_at_1": "retrieval (CSLS P@1)", "margin": "margin over mismatched pairs"}  # what runs are ranked by
+CLAIMS = ("aligned", "drawn together")
+FOR_ALIGNED = ("near", "left_out_specificity", "left_out_near")  # beyond specificity
 Rows = list[dict[str, str]]
 
 
@@ -37,15 +47,34 @@ class Job:
     levels: Mapping[str, str] = field(default_factory=dict)  # of the swept parameters
     label: str = ""
     holm: float | None = None  # its control p-value among those of the sweep
+    aligned_holm: float | None = None  # the same of what `aligned` asks beyond that
 
     @property
     def verdict(self) -> str:
         return self.results.get("verdict", "")
 
     @property
+    def holds_as(self) -> Literal["aligned", "drawn together", ""]:
+        """What the verdict claims once the sweep's other tries are allowed for; "" where it claims nothing."""
+        if self.verdict not in CLAIMS or self.holm is None or self.holm >= ALPHA:
+            return ""
+        near = self.aligned_holm is not None and self.aligned_holm < ALPHA
+        return "aligned" if self.verdict == "aligned" and near else "drawn together"
+
+    @property
     def holds(self) -> bool:
-        """Aligned, and still so when the sweep's other tries are allowed for."""
-        return self.verdict == "aligned" and self.holm is not None and self.holm < ALPHA
+        """Aligned or drawn together, and still so when the sweep's other tries are allowed for."""
+        return self.holds_as != ""
+
+    @property
+    def by_pair(self) -> bool:
+        """Whether an earlier version counted its pairs; now words are counted."""
+        return counted_by(self.results) == "pair"
+
+    @property
+    def claimed(self) -> str:
+        """The part of the control words that the verdict reads, as results.json names it."""
+        return claimed_split(self.results, "control")
 
     def number_at(self, key: str) -> float | None:
         value = self.results.get(key)
@@ -60,6 +89,12 @@ class Job:
     def pvalue(self) -> float | None:
         """Control's specificity."""
         return specificity_pvalue(self.results, "control")
+
+    @property
+    def aligned_pvalue(self) -> float | None:
+        """The largest of the p-values that `aligned` rests on; of an earlier version's results, specificity's."""
+        rest = (self.number_at(f"{self.claimed}/{name}_pvalue") for name in FOR_ALIGNED)
+        return max((p for p in (self.pvalue, *rest) if p is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +112,27 @@ class Sweep:
     @property
     def trained(self) -> list[Job]:
         return [job for job in self.ranked if job.holm is not None]
+
+    @property
+    def comparable(self) -> list[Job]:
+        """The jobs that one table or figure may compare: all, or without those that an earlier version counted."""
+        by_word = [job for job in self.ranked if not job.by_pair]
+        return by_word or self.ranked
+
+    @property
+    def older(self) -> list[Job]:
+        """The jobs that an earlier version counted, beside others that it didn't."""
+        return [job for job in self.ranked if job.by_pair and self.unit == "word"]
+
+    @property
+    def unit(self) -> Literal["word", "pair"]:
+        """What the retrieval of the comparable jobs counts."""
+        return "pair" if self.comparable[0].by_pair else "word"
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """What the measures that runs are ranked by are called here."""
+        return MEASURES | {"csls_p_at_1": f"retrieval (CSLS P@1 by {self.unit})"}
 
     @property
     def tries(self) -> int:
@@ -240,22 +296,28 @@ def _pruned(others: Sequence[Job]) -> int:
 
 
 def _ranked(jobs: Sequence[Job], pruned: int) -> list[Job]:
-    """The jobs with Holm's p-values, best first: what holds, the other aligned, then by gains; the harmed last.
+    """The jobs with Holm's p-values, best first: what holds, other claims, then by gains; the harmed last.
 
-    A pruned job was given up for its control margin: a try like the others, with a p-value of 1.
+    A pruned job was given up for its control margin: a try like the others, with a p-value of 1. Jobs that an earlier
+    version counted by pair come after all others.
     """
-    from src.evidence import holm  # it imports torch, which --help needn't
+    from src.verdict import holm  # it imports torch, which --help needn't
 
-    pvalues = {job.number: job.pvalue for job in jobs if job.pvalue is not None}
-    adjusted = dict(zip(pvalues, holm([*pvalues.values(), *[1.0] * pruned]), strict=False))
-    classes = {"aligned": 0, "harmed": 2}
+    def adjusted(pvalues: Sequence[float | None]) -> list[float | None]:
+        known = iter(holm([*(p for p in pvalues if p is not None), *[1.0] * pruned]))
+        return [None if p is None else next(known) for p in pvalues]
 
     def place(job: Job) -> tuple[Any, ...]:
         gains = (job.gain(measure) for measure in MEASURES)
         losses = (math.inf if gain is None else -round(gain, 9) for gain in gains)
-        return not job.holds, classes.get(job.verdict, 1), *losses, job.number
+        holds = (*CLAIMS, "").index(job.holds_as)
+        return job.by_pair, holds, ranks.get(job.verdict, 2), *losses, job.number
 
-    return sorted((replace(job, holm=adjusted.get(job.number)) for job in jobs), key=place)
+    ranks = {"aligned": 0, "drawn together": 1, "harmed": 3}
+    found = zip(
+        jobs, adjusted([job.pvalue for job in jobs]), adjusted([job.aligned_pvalue for job in jobs]), strict=True
+    )
+    return sorted((replace(job, holm=one, aligned_holm=other) for job, one, other in found), key=place)
 
 
 def _facts(listed: Mapping[str, Any], jobs: Sequence[Job]) -> dict[str, str]:
@@ -267,7 +329,8 @@ def _facts(listed: Mapping[str, Any], jobs: Sequence[Job]) -> dict[str, str]:
     facts = {
         "model": _joined(found.get("model.id") or found.get("model.name", "") for found in params),
         "words": _joined(
-            f"{found.get('name')}, {found.get('languages')}: {found.get('train')} train, {found.get('control')} control"
+            f"{found.get('name')}, {found.get('languages')}: "
+            f"{found.get('train')} train and {found.get('control')} control pairs"
             for found in words
             if found
         ),

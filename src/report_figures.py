@@ -49,7 +49,9 @@ def _figure(height: int, x: str, y: str = "") -> go.Figure:
 def curves(sweep: Sweep, measure: str, axis: str) -> go.Figure | None:
     """One line for each run over the layers, on the words never trained on; pilots show all words; None without."""
     stages = {"after": ("control", "after"), "before": ("control", "before"), "pilot": ("all", "pilot")}
-    lines = {stage: [(job, _points(job, *where, measure)) for job in sweep.ranked] for stage, where in stages.items()}
+    lines = {
+        stage: [(job, _points(job, *where, measure)) for job in sweep.comparable] for stage, where in stages.items()
+    }
     if not any(points for job_points in lines.values() for _, points in job_points):
         return None
     names = sorted({layer for found in lines.values() for _, points in found for layer in points}, key=_depth)

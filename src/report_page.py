@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from src.report_board import COLUMNS, VERDICTS, caveats, command, finding, leaderboard, signed
-from src.report_data import MEASURES, Job, Sweep
+from src.report_best import details
+from src.report_board import VERDICTS, caveats, columns, command, finding, leaderboard, signed
+from src.report_data import Job, Sweep
 from src.report_figures import curves, dots, heat
 from src.report_sums import Estimate, grid, main_effects, over_seeds
 
@@ -29,6 +30,7 @@ def page(sweep: Sweep) -> str:
             _notes(sweep.notes),
             _best(sweep.ranked[0]),
             _leaderboard(sweep),
+            _details(sweep),
             _heat(sweep, figures),
             _effects(sweep, figures),
             _seeds(sweep, figures),
@@ -81,8 +83,8 @@ def _text(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
-    """A table of escaped cells that scrolls sideways; the first `words` columns are text."""
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int, kind: str = "") -> str:
+    """A table of escaped cells that scrolls sideways; the first `words` columns are text, `kind` a class."""
     heads = "".join(
         f"<th{'' if place < words else ' class=n'}>{escape(name)}</th>" for place, name in enumerate(columns)
     )
@@ -92,7 +94,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int) ->
     ]
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+        f'<div class="scroll {kind}" tabindex="0"><table><thead><tr>{heads}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -122,21 +125,33 @@ def _best(best: Job) -> str:
 
 def _leaderboard(sweep: Sweep) -> str:
     about = (
-        "Measured on the control words, which no adapter was trained on. First what is aligned, last what is harmed; "
-        "then by the gain in retrieval, then in margin."
+        "Measured on the control words, which no adapter was trained on. First what is aligned, then what is only "
+        "drawn together, each as far as it holds over all tries; last what is harmed. Otherwise by the gain in "
+        "retrieval, then in margin. Read retrieval beside the untouched model's best layer, which costs no training."
     )
-    rows = leaderboard(sweep)
-    shown, rest = _table(COLUMNS, rows[:FIRST], words=3), _table(COLUMNS, rows[FIRST:], words=3)
+    rows, headings = leaderboard(sweep), columns(sweep)
+    shown, rest = (_table(headings, part, words=3, kind="board") for part in (rows[:FIRST], rows[FIRST:]))
     more = f"<details><summary>{len(rows) - FIRST} more</summary>{rest}</details>" if rows[FIRST:] else ""
     return _section("Leaderboard", _text(about), *map(_text, caveats(sweep)), shown, more)
 
 
+def _details(sweep: Sweep) -> str:
+    best = sweep.ranked[0]
+    parts = [
+        f"<div><h3>{escape(detail.heading)}</h3>{_text(detail.about)}"
+        f"{_table(detail.columns, detail.rows, detail.words)}</div>"
+        for detail in details(best)
+    ]
+    heading = f"Ranked first: {best.label}" if len(sweep.ranked) > 1 else "In detail"
+    return _section(heading, f'<div class="pair">{"".join(parts)}</div>') if parts else ""
+
+
 def _heat(sweep: Sweep, figures: _Figures) -> str:
-    found = {measure: cells for measure in MEASURES if (cells := grid(sweep, measure)) and cells.x_levels}
+    found = {measure: cells for measure in sweep.measures if (cells := grid(sweep, measure)) and cells.x_levels}
     if not found:
         return ""
     first = next(iter(found.values()))
-    plots = [figures.place(heat(cells), f"Gain in {MEASURES[measure]}") for measure, cells in found.items()]
+    plots = [figures.place(heat(cells), f"Gain in {sweep.measures[measure]}") for measure, cells in found.items()]
     heading = f"{first.y} × {first.x}"
     about = (
         f"Mean gain on the control words of the runs with each {first.y} and {first.x}; an empty cell has no result."
@@ -146,7 +161,7 @@ def _heat(sweep: Sweep, figures: _Figures) -> str:
 
 
 def _effects(sweep: Sweep, figures: _Figures) -> str:
-    found = {measure: main_effects(sweep, measure) for measure in MEASURES}
+    found = {measure: main_effects(sweep, measure) for measure in sweep.measures}
     if not any(levels for effects in found.values() for levels in effects.values()):
         return ""
     about = (
@@ -158,13 +173,13 @@ def _effects(sweep: Sweep, figures: _Figures) -> str:
     numbers = (
         f"<details><summary>Margin gains in numbers</summary>{_table(('parameter', *ESTIMATE), rows, 2)}</details>"
     )
-    return _section("What each parameter does", _text(about), _dot_plots(found, figures), numbers)
+    return _section("What each parameter does", _text(about), _dot_plots(sweep, found, figures), numbers)
 
 
 def _seeds(sweep: Sweep, figures: _Figures) -> str:
     if len(sweep.trained) < 2:
         return ""
-    found = {measure: {"": over_seeds(sweep, measure)} for measure in MEASURES}
+    found = {measure: {"": over_seeds(sweep, measure)} for measure in sweep.measures}
     if not any(groups[""] for groups in found.values()):
         text = (
             "Every setting ran with one seed, so how far chance scatters its gain is unknown; sweep train.seed=0,1,2."
@@ -172,11 +187,11 @@ def _seeds(sweep: Sweep, figures: _Figures) -> str:
         return _section("Seeds", _text(text))
     about = "Runs that differ by a seed only: each seed a dot, the mean a diamond, its 95 % interval a line."
     numbers = "".join(
-        f"<details><summary>{escape(_capital(MEASURES[measure]))} in numbers</summary>"
+        f"<details><summary>{escape(_capital(sweep.measures[measure]))} in numbers</summary>"
         f"{_table(ESTIMATE, map(_estimate, groups['']), 1)}</details>"
         for measure, groups in found.items()
     )
-    return _section("Seeds", _text(about), _dot_plots(found, figures), numbers)
+    return _section("Seeds", _text(about), _dot_plots(sweep, found, figures), numbers)
 
 
 ESTIMATE = ("level", "runs", "mean gain", "95 % interval")
@@ -188,9 +203,9 @@ def _estimate(found: Estimate) -> tuple[str, ...]:
     return found.name, str(len(found.values)), signed(found.mean, "+.4f"), interval
 
 
-def _dot_plots(found: dict[str, dict[str, list[Estimate]]], figures: _Figures) -> str:
+def _dot_plots(sweep: Sweep, found: dict[str, dict[str, list[Estimate]]], figures: _Figures) -> str:
     plots = [
-        figures.place(dots(groups, "gain"), f"Gain in {MEASURES[measure]}")
+        figures.place(dots(groups, "gain"), f"Gain in {sweep.measures[measure]}")
         for measure, groups in found.items()
         if any(groups.values())
     ]
@@ -200,7 +215,7 @@ def _dot_plots(found: dict[str, dict[str, list[Estimate]]], figures: _Figures) -
 def _curves(sweep: Sweep, figures: _Figures) -> str:
     plots = [
         figures.place(figure, f"{_capital(what)} at every layer")
-        for measure, what in MEASURES.items()
+        for measure, what in sweep.measures.items()
         if (figure := curves(sweep, measure, what.partition(" (")[0].partition(" over")[0]))
     ]
     about = (
@@ -218,18 +233,28 @@ def _others(others: Sequence[Job]) -> str:
 
 def _glossary() -> str:
     terms = {
-        "▲ aligned": "unseen pairs drew together more than random matchings did, and neither margin nor retrieval fell",
-        "■ memorised": "trained pairs drew together in that way, unseen ones did not",
+        "▲ aligned": "unseen pairs drew together more than random matchings and more than matchings among near words, "
+        "on words that aren't look-alikes, not because of a few words; neither margin nor retrieval fell",
+        "● drawn together": "more than random matchings only: topic, length, spelling or hubs may explain it",
+        "■ memorised": "trained pairs drew together and more than unseen ones, which show nothing",
         "◆ inflated": "cosines rose, but those of wrong pairs as much: nothing about translation",
         "▼ harmed": "unseen pairs drew apart, their retrieval fell, or the model's perplexity rose too far",
         "○ none": "no change that chance doesn't explain",
-        "CSLS P@1": "share of words whose nearest neighbour, hubs corrected for, is a listed translation",
+        "CSLS P@1": "share of words whose nearest neighbour, hubs corrected for, is a listed translation; by word: a "
+        "word with several translations counts once, right with any of them",
+        "look-alikes": "words that share at least 0.6 of their letters, in order, with a listed translation (French "
+        "“hôtel”, English “hotel”), case and marks left out: their letters alone can give the translation away",
+        "near words": "words close to each other in the model, or alike in length and spelling: a gain about "
+        "translation is larger for a word's translation than for that of a near word",
+        "best untouched layer": "the layer of the model before training with the highest P@1 on the trained words, "
+        "and its P@1 on the control words",
         "margin": "mean cosine of pairs less that of all mismatches",
         "cosine": "mean cosine of pairs alone, which rises for wrong pairs too",
         "specificity": "gain of the true pairs beyond that of random matchings; p is the larger of the raw and "
-        "the scaled test's, as the verdict uses it",
+        "the scaled test's. As for the verdict, of the words that aren't look-alikes where there are enough",
         "p, Holm": "p corrected for the number of trained runs, which bounds the chance of any false finding "
-        "among them; a verdict itself knows of its own run only",
+        "among them; a verdict itself knows of its own run only. A run still counts as aligned if the p-values of near "
+        "words pass the same correction",
     }
     return _section(
         "How to read this",

@@ -56,7 +56,7 @@ def over_seeds(sweep: Sweep, measure: str) -> list[Estimate]:
 def _grouped(sweep: Sweep, measure: str, keys: Sequence[str]) -> dict[tuple[str, ...], list[float]]:
     """The runs' gains by their levels of `keys`, in the levels' order."""
     gains: dict[tuple[str, ...], list[float]] = {}
-    for job in sweep.ranked:
+    for job in sweep.comparable:
         if (gain := job.gain(measure)) is not None:
             gains.setdefault(tuple(job.levels[key] for key in keys), []).append(gain)
     return {levels: gains[levels] for levels in sorted(gains, key=lambda levels: list(map(in_order, levels)))}

@@ -8,17 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from src.console import signed
 from src.results import DamageError, specificity_pvalue
 from src.results import read_results as read_job
 
 SEEDS = ("train.seed", "dataset.seed")
-COLUMNS = {  # key in results.json, what a reader calls it; all at eval.layer, of the control split
+COLUMNS = {  # key in results.json, what a reader calls it; of the control words, P@1 by word
     "control/margin_gain": "margin gain",
     "control/csls_p_at_1_before": "P@1 before",
     "control/csls_p_at_1_after": "P@1 after",
+    "control_unalike/csls_p_at_1_after": "P@1 unalike",
+    "baseline/best_layer_csls_p_at_1_before": "untouched best",
     "control/specificity_pvalue": "specificity p",
 }
 _GAINS = {"margin gain": "control/margin_gain", "P@1 gain": "control/csls_p_at_1_gain"}
@@ -42,6 +44,11 @@ def read_results(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def counted_by(results: Mapping[str, Any]) -> Literal["word", "pair"]:
+    """What retrieval counts in a job's results: words, or pairs in those of an earlier version."""
+    return "word" if results.get("results_version", 1) >= 2 else "pair"
+
+
 def job_rows(found: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
     """(name, verdict, COLUMNS…) of each job, the largest margin gain first; None where a pilot has nothing."""
     rows: list[list[Cell]] = []
@@ -59,6 +66,7 @@ def seed_rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ignored = (*SEEDS, "tracking.", "sweep.")
         setting = {key: value for key, value in results["params"].items() if not key.startswith(ignored)}
         setting["batch"] = results.get("train_batch_size_used")  # half of what was asked for where memory ran out
+        setting["counted by"] = counted_by(results)
         if "control/margin_gain" in results:
             groups.setdefault(json.dumps(setting, sort_keys=True), []).append(results)
     return [_seed_row(members) for members in groups.values() if len(members) > 1]
@@ -85,13 +93,24 @@ def _interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - reach, mean + reach
 
 
+def _about(found: Sequence[Mapping[str, Any]]) -> str:
+    by_pair = [results["name"] for results in found if counted_by(results) == "pair"]
+    some = f"words, but pairs in these jobs of an earlier version: {', '.join(by_pair)}" if by_pair else "words"
+    counts = "pairs (these jobs are of an earlier version)" if len(by_pair) == len(found) else some
+    return (
+        f"P@1 counts {counts}. Unalike: after training, of the words that don't look like their translation. "
+        "Untouched best: at the untouched model's best layer."
+    )
+
+
 def as_text(found: Sequence[Mapping[str, Any]]) -> str:
     """Both tables for a terminal."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=110, highlight=False, markup=False)
-    tables = [("control split, best margin gain first", ["", "verdict", *COLUMNS.values()], _shown(found))]
+    headings = [heading.replace(" ", "\n", 1) for heading in COLUMNS.values()]  # leaves room for the jobs' names
+    tables = [("control words, best margin gain first", ["", "verdict", *headings], _shown(found))]
     if seeds := seed_rows(found):
         tables.append(("across seeds, mean and 95 % interval", ["", "verdicts", *_GAINS], seeds))
     with console.capture() as capture:
@@ -104,12 +123,14 @@ def as_text(found: Sequence[Mapping[str, Any]]) -> str:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
+            if not index:
+                console.print(_about(found))
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
 def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
     """Both tables for the description of a tracked sweep; of many jobs only the best."""
-    parts = [_markdown(["job", "verdict", *COLUMNS.values()], _shown(found)[:_MARKDOWN_ROWS])]
+    parts = [_markdown(["job", "verdict", *COLUMNS.values()], _shown(found)[:_MARKDOWN_ROWS]), _about(found)]
     if len(found) > _MARKDOWN_ROWS:
         parts.append(f"The best {_MARKDOWN_ROWS} of {len(found)}; summary.json has them all.")
     if seeds := seed_rows(found):
@@ -145,7 +166,7 @@ def command(overrides: Sequence[str]) -> str:
 
 
 def _shown(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    formats: list[Callable[[Any], str]] = [str, str, signed, "{:.3f}".format, "{:.3f}".format, "{:.2g}".format]
+    formats: list[Callable[[Any], str]] = [str, str, signed, *["{:.3f}".format] * 4, "{:.2g}".format]
     return [
         ["–" if cell is None else form(cell) for form, cell in zip(formats, row, strict=True)]
         for row in job_rows(found)

@@ -53,7 +53,10 @@ _FIRST = (  # in this order before all other metrics: the UI lists them as they 
     "control/margin_gain",
     "control/csls_p_at_1_before",
     "control/csls_p_at_1_after",
+    "control_unalike/csls_p_at_1_after",
+    "baseline/best_layer_csls_p_at_1_before",
     "control/specificity_pvalue",
+    "control/near_pvalue",
 )
 _MARK = "uploaded"  # tag: the digest of what was uploaded; set last, so it vouches for everything before it
 _PARAMS, _METRICS, _VALUE, _DIGEST = (

@@ -40,8 +40,8 @@ def trained(mismatched: Any, gap: Any, gain: Any) -> dict[str, Any]:
             layers += rows(stage, split, **level, **found)
     ranks = [(2, 1), (2, 1), (5, 9), (1, 1)]
     pairs = [
-        {"source": "maji", "target": "水", "split": split, "cosine_before": "0.3", "cosine_after": str(0.25 + 0.1 * i),
-         "rank_before": str(old), "rank_after": str(new)}
+        {"source": f"maji{i}", "target": f"水{i}", "split": split, "cosine_before": "0.3",
+         "cosine_after": str(0.25 + 0.1 * i), "rank_before": str(old), "rank_after": str(new)}
         for split in ("train", "control") for i, (old, new) in enumerate(ranks)
     ]  # fmt: skip
     null = {split: np.random.default_rng(0).normal(0, 0.01, 1000) for split in ("train", "control")}
@@ -128,7 +128,7 @@ def test_headlines_say_what_is_seen() -> None:
         "training moved the gap of words never trained on most at the final layer: 0.4 → 0.5"
     )
     assert headline(found["retrieval.png"]) == (
-        "Of words never trained on, at best 60 % after training (at the final layer) and 40 % before "
+        "Of 4 words never trained on, at best 60 % after training (at the final layer) and 40 % before "
         "(at the final layer) find their translation by CSLS P@1, by chance 25 %"
     )
     assert headline(found["scatter.png"]) == (
@@ -139,6 +139,38 @@ def test_headlines_say_what_is_seen() -> None:
         f"The gain of true pairs exceeds that of {above:g} % of random matchings on words never trained on, "
         "and 100 % of random matchings on trained words"
     )
+
+
+def test_chance_counts_words_each_right_with_any_of_its_translations() -> None:
+    case = usual()
+    control = [row for row in case["pairs"] if row["split"] == "control"]
+    control[1]["source"] = control[0]["source"]  # maji0: 水0, 水1; maji2: 水2; maji3: 水3, which is listed twice
+    control.append(dict(control[3], source="maji4"))
+    case["pairs"] = [*(row for row in case["pairs"] if row["split"] == "train"), *control]
+    found = figures(case)["retrieval.png"]
+    assert headline(found).startswith("Of 4 words never trained on, ")
+    assert headline(found).endswith("by chance 35 %")  # 2, 1, 2 and 2 of 5 pairs
+    assert found is not None
+    chance = [line for line in found.axes[0].lines if line.get_linestyle() == ":"]
+    assert [list(map(float, line.get_ydata())) for line in chance] == [[35.0, 35.0]]  # pyright: ignore
+
+
+def test_retrieval_stands_beside_the_best_untouched_layer_as_chosen_on_the_trained_words() -> None:
+    case = usual()
+    for row in case["layers"]:
+        if (row["stage"], row["measure"]) == ("before", "csls_p_at_1"):
+            best = {"train": "11", "control": "12"}[row["split"]]  # the control words' own best would flatter it
+            row["value"] = "0.5" if row["layer"] == best else "0.3" if row["layer"] == "11" else "0.1"
+    found = figures(case)["retrieval.png"]
+    assert found is not None
+    panel = found.axes[0]
+    assert "best untouched layer (11)" in [text.get_text() for text in panel.texts]
+    dashed = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert [list(map(float, line.get_ydata())) for line in dashed] == [[30.0, 30.0]]  # pyright: ignore
+    case["layers"] = [row for row in case["layers"] if (row["stage"], row["split"]) != ("before", "train")]
+    found = figures(case)["retrieval.png"]
+    assert found is not None
+    assert not [text for text in found.axes[0].texts if "untouched" in text.get_text()]
 
 
 def test_coinciding_cosines_both_show_and_their_gap_is_readable() -> None:

@@ -18,10 +18,11 @@ import pytest
 from src import report
 from src.errors import UserError
 from src.evidence import SplitEvidence, holm
-from src.report_board import command, finding
+from src.report_best import details
+from src.report_board import caveats, columns, command, finding, leaderboard
 from src.report_data import find, read_sweep
 from src.report_sums import estimate, grid, in_order, main_effects, over_seeds
-from src.results import LAYER_COLUMNS, write_sealed, write_table
+from src.results import LAYER_COLUMNS, RESULTS_VERSION, write_sealed, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEPT = {"lora.layers": ["[1]", "[1,2]", "[2,4]"], "lora.rank": ["4", "16"], "train.seed": ["0", "1"]}
@@ -38,7 +39,11 @@ def synthetic_results(overrides: dict[str, str], gain: float, verdict: str, pval
         "t_pvalue": 1e-20, "wilcoxon_pvalue": 1e-12, "cohens_dz": 1.5, "gain_ci_low": 0.08, "gain_ci_high": 0.10,
         "mcnemar_pvalue": 0.2, "specificity_gain": gain, "specificity_pvalue": pvalue / 2,
         "specificity_harm_pvalue": 0.9, "scaled_specificity_gain": gain, "scaled_specificity_pvalue": pvalue,
+        "near_gain": gain / 2, "near_pvalue": pvalue, "left_out_specificity_pvalue": pvalue,
+        "left_out_near_pvalue": pvalue, "share_gained": 0.8, "n_pairs": 40, "n_words": 32,
     }  # fmt: skip
+    unalike = evidence | {"n_pairs": 30, "n_words": 24, "csls_p_at_1_before": 0.15, "csls_p_at_1_after": 0.15 + gain}
+    strata = {"0_to_0.2": (10, 0.1), "0.2_to_0.4": (8, 0.15), "0.4_to_0.6": (6, 0.2), "0.6_to_1": (8, 0.55)}
     return {
         "name": f"r{overrides.get('lora.rank', '16')} L{overrides.get('lora.layers', '[1,2]')[1:-1]} triplet",
         "config_hash": "0123456789abcdef",
@@ -49,14 +54,38 @@ def synthetic_results(overrides: dict[str, str], gain: float, verdict: str, pval
         | {"train": "80", "control": "40"},
         "versions": {"python": "3.11"},
         "git_commit": "0" * 40,
+        "results_version": RESULTS_VERSION,
         **{f"{split}/{name}": value for split in ("train", "control") for name, value in evidence.items()},
+        **{f"control_unalike/{name}": value for name, value in unalike.items()},
+        **{f"spelling/{name}_n_words": count for name, (count, _) in strata.items()},
+        **{f"spelling/{name}_csls_p_at_1_before": score for name, (_, score) in strata.items()},
+        **{f"spelling/{name}_csls_p_at_1_after": score + gain for name, (_, score) in strata.items()},
+        "claimed_on": "control_unalike",
+        "best_untouched_layer": "4",
+        "best_trained_layer": "final",
+        "baseline/best_layer_csls_p_at_1_before": 0.281,
+        "baseline/best_layer_csls_p_at_1_after": 0.25 + 2 * gain,
+        "baseline/centred_csls_p_at_1": 0.26,
+        "baseline/lsar_csls_p_at_1": 0.255,
+        "baseline/procrustes_csls_p_at_1": 0.31,
+        "baseline/spelling_csls_p_at_1": 0.219,
         "lm/perplexity_english_before": 20.0,
         "lm/perplexity_english_after": 20.4,
+        "lm/perplexity_english_change": 0.02,
+        "lm/perplexity_english_change_low": -0.004,
+        "lm/perplexity_english_change_high": 0.05,
         "time/total_s": 12.5,
         "verdict": verdict,
         "verdict_reason": "A made-up reason.",
         "mlflow_run_id": None,
     }
+
+
+def of_version_1(results: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version would have written: without words, look-alikes, near words and baselines."""
+    names = "n_pairs|n_words|words_won|words_lost|near_\\w+|left_out_\\w+|share_gained|specificity_sd"
+    newer = rf"control_unalike/.*|spelling/.*|baseline/.*|best_.*|claimed_on|results_version|.*_change.*|.*/({names})"
+    return {key: value for key, value in results.items() if not re.fullmatch(newer, key)}
 
 
 def synthetic_layers(gain: float, depth: int = DEPTH) -> list[tuple[Any, ...]]:
@@ -189,7 +218,129 @@ def test_ranks_and_corrects_over_the_sweeps_runs(folder: Path) -> None:
     assert [job.verdict for job in sweep.ranked] == ["aligned"] * 6 + ["inflated"] * 4 + ["harmed"] * 2
     gains = [job.gain("csls_p_at_1") or 0 for job in sweep.ranked]
     assert gains[:6] == sorted(gains[:6], reverse=True)
-    assert finding(sweep).startswith("1 of 12 trained runs drew unseen words together beyond chance once 12 tries")
+    assert finding(sweep).startswith("1 of 12 trained runs is aligned once 12 tries are allowed for. Ranked first: ")
+
+
+def edit(folder: Path, number: int, **values: Any) -> None:
+    """Changes a job's results.json; None takes a key away."""
+    file = folder / str(number) / "results.json"
+    results = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in results.items() if value is not None}))
+
+
+def claim(folder: Path, number: int, verdict: str, near: float) -> None:
+    """A verdict that beats random matchings by far, and near words at `near`."""
+    keys = ("specificity_pvalue", "scaled_specificity_pvalue", "left_out_specificity_pvalue", "left_out_near_pvalue")
+    pvalues = {f"control_unalike/{key}": 1e-4 for key in keys} | {"control_unalike/near_pvalue": near}
+    edit(folder, number, verdict=verdict, **pvalues)
+
+
+def test_a_claim_is_counted_as_what_holds_over_all_tries(folder: Path) -> None:
+    claim(folder, 1, "drawn together", 0.6)
+    claim(folder, 3, "aligned", 0.04)  # against near words, that is no longer true of 12 tries
+    claim(folder, 9, "aligned", 1e-4)
+    sweep = read_sweep(folder)
+    assert [(job.number, job.holds_as) for job in sweep.ranked if job.holds] == [
+        *[(11, "aligned"), (9, "aligned")],
+        *[(3, "drawn together"), (1, "drawn together")],
+    ]
+    start = "2 of 12 trained runs are aligned once 12 tries are allowed for, 2 more are only drawn together. "
+    assert finding(sweep).startswith(start)
+    verdicts = {job.number: row[2] for job, row in zip(sweep.ranked, leaderboard(sweep), strict=True)}
+    assert verdicts[9] == verdicts[11] == "▲ aligned"
+    assert verdicts[3] == "▲ aligned (drawn together after Holm)" and verdicts[7] == "▲ aligned (not after Holm)"
+    assert verdicts[1] == "● drawn together"
+    for number in (9, 11):
+        edit(folder, number, verdict="none")
+    start = "None of 12 trained runs is aligned, 2 are only drawn together, once 12 tries are allowed for. "
+    assert finding(read_sweep(folder)).startswith(start)
+    for number in (1, 3):
+        edit(folder, number, verdict="inflated")
+    start = "None of 12 trained runs is aligned or drawn together once 12 tries are allowed for. "
+    assert finding(read_sweep(folder)).startswith(start)
+
+
+def test_a_verdict_s_place_goes_before_its_gains(folder: Path) -> None:
+    edit(folder, 0, verdict="drawn together")
+    edit(folder, 11, verdict="harmed")
+    found = [job.verdict for job in read_sweep(folder).ranked]
+    assert found == ["aligned"] * 5 + ["drawn together"] + ["inflated"] * 4 + ["harmed"] * 2
+
+
+def test_the_leaderboard_tells_words_look_alikes_and_the_untouched_model_apart(folder: Path) -> None:
+    sweep = read_sweep(folder)
+    first = dict(zip(columns(sweep), leaderboard(sweep)[0], strict=True))
+    assert first["P@1 by word (32 words)"] == "0.250 → 0.350"
+    assert first["P@1, not look-alikes (24 words)"] == "0.150 → 0.200"
+    assert first["best untouched layer"] == "4: 0.281"
+    edit(folder, 11, **{"control_unalike/n_words": 20, "control_unalike/specificity_gain": 0.7})
+    sweep = read_sweep(folder)  # the splits differ: each cell has its own count
+    first = dict(zip(columns(sweep), leaderboard(sweep)[0], strict=True))
+    assert first["P@1, not look-alikes"] == "0.150 → 0.200 (20 words)"
+    assert first["specificity gain"] == "+0.7000"  # where the verdict reads it, and so p
+
+
+def test_the_best_run_stands_beside_spelling_and_what_costs_no_training(folder: Path) -> None:
+    spelling, free, perplexity = details(read_sweep(folder).ranked[0])
+    assert spelling.rows == [
+        ("0 to 0.2", "10", "0.100", "0.150"),
+        ("0.2 to 0.4", "8", "0.150", "0.200"),
+        ("0.4 to 0.6", "6", "0.200", "0.250"),
+        ("0.6 to 1 (look-alikes)", "8", "0.550", "0.600"),
+        ("all words", "32", "0.250", "0.350"),
+    ]
+    assert spelling.about.endswith("Spelling alone, without any model, finds 0.219 of all words.")
+    assert [row[1:] for row in free.rows] == [
+        *[("final", "0.250"), ("4", "0.281"), ("final", "0.260"), ("final", "0.255"), ("final", "0.310")],
+        *[("–", "0.219"), ("final", "0.350"), ("final", "0.350")],
+    ]
+    assert "finds more than that row (0.350; untouched, rotated (Procrustes): 0.310)" in free.about
+    assert perplexity.rows == [("english", "20", "20.4", "+2.0 %", "−0.4 … +5.0 %")]
+    edit(folder, 11, **{"baseline/procrustes_csls_p_at_1": 0.4, "baseline/spelling_csls_p_at_1": None})
+    edit(folder, 11, **{"spelling/0.2_to_0.4_n_words": None})
+    spelling, free, _ = details(read_sweep(folder).ranked[0])
+    assert "no more than that row (0.350; untouched, rotated (Procrustes): 0.400)" in free.about
+    assert len(spelling.rows) == 4 and "Spelling alone" not in spelling.about
+    page = Page(made(folder))
+    for words in ("Ranked first: layers [2,4], rank 16, seed 1", "By spelling", "Without training", "Perplexity"):
+        assert words in page.text
+    made(folder, "--format", "md")
+    text = (folder / "report.md").read_text()
+    assert "| 0.6 to 1 (look-alikes) | 8 | 0.550 | 0.600 |" in text and "## Without training, layers" in text
+
+
+def test_jobs_of_an_earlier_version_are_shown_as_counted_by_pair(folder: Path) -> None:
+    for number in range(12):
+        file = folder / str(number) / "results.json"
+        file.write_text(json.dumps(of_version_1(json.loads(file.read_text()))))
+    sweep = read_sweep(folder)
+    assert (sweep.unit, sweep.older, sweep.ranked[0].number) == ("pair", [], 11)
+    assert [job.holm for job in sweep.ranked] == [job.aligned_holm for job in sweep.ranked]
+    assert finding(sweep).startswith("1 of 12 trained runs is aligned, by an earlier version's rules, once 12 tries")
+    assert "P@1 by pair" in columns(sweep) and leaderboard(sweep)[0][5:7] == ("–", "–")
+    assert [detail.rows for detail in details(sweep.ranked[0])] == [[("english", "20", "20.4", "+2.0 %", "–")]]
+    page = Page(made(folder))
+    assert "Counted by pair: these runs are of an earlier version" in page.text
+    assert "Gain in retrieval (CSLS P@1 by pair)" in page.text and "By spelling" not in page.text
+
+
+def test_jobs_counted_by_pair_are_not_ranked_among_others(folder: Path) -> None:
+    best = folder / "11" / "results.json"
+    best.write_text(json.dumps(of_version_1(json.loads(best.read_text()))))
+    sweep = read_sweep(folder)
+    assert (sweep.unit, [job.number for job in sweep.older], sweep.ranked[-1].number) == ("word", [11], 11)
+    assert len(sweep.comparable) == 11
+    assert leaderboard(sweep)[-1][2] == "▲ aligned (by pair)"
+    assert finding(sweep).startswith("None of 12 trained runs is aligned or drawn together once 12 tries")
+    assert "By an earlier version's rules, 1 more is aligned." in finding(sweep)
+    assert caveats(sweep)[0].startswith("Counted by pair, of an earlier version: job 11. ")
+    assert sum(len(each.values) for each in main_effects(sweep, "margin")["lora.rank"]) == 11
+    page = Page(made(folder))
+    assert "Counted by pair, of an earlier version: job 11." in page.text
+    assert len(page.figures()[-1]["data"]) == 12  # the untouched model once, and the runs that can be compared
+    made(folder, "--format", "csv")
+    with (folder / "report.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["counted_by"] for row in csv.DictReader(file)] == ["word"] * 11 + ["pair"]
 
 
 def test_a_higher_gain_does_not_outrank_a_verdict(folder: Path) -> None:
@@ -214,6 +365,8 @@ def test_page_shows_all_runs_and_their_figures(folder: Path) -> None:
         "What each parameter does",
         "Seeds",
         "▲ aligned",
+        "● drawn together",
+        "look-alikes",
         "p, Holm",
     ):
         assert words in page.text
@@ -388,6 +541,10 @@ def test_a_pilot_has_no_gains(tmp_path: Path) -> None:
     page = Page(made(tmp_path))
     assert "Nothing was trained" in page.text
     assert [len(figure["data"]) for figure in page.figures()] == [1, 1]
+    kept = {key: value for key, value in results.items() if "_after" not in key}
+    (tmp_path / "0" / "results.json").write_text(json.dumps(kept))
+    free = next(detail for detail in details(read_sweep(tmp_path).ranked[0]) if detail.heading == "Without training")
+    assert [row[0] for row in free.rows][-1] == "spelling alone" and "Here the trained" not in free.about
 
 
 def test_where_nothing_can_be_shown(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -435,6 +592,8 @@ def test_csv_and_parquet_hold_the_same(folder: Path) -> None:
     assert float(rows[0]["control/margin_gain"]) == table[0]["control/margin_gain"]
     assert table[0]["pvalue_holm"] == pytest.approx(0.024)
     assert [row["place"] for row in table] == list(range(1, 13))
+    assert (table[0]["holds_as"], table[0]["best_untouched_layer"], table[-1]["holds_as"]) == ("aligned", "4", None)
+    assert table[0]["claimed_on"] == "control_unalike" and table[0]["control_unalike/n_words"] == 24
 
 
 def test_markdown_shows_names_as_they_are(folder: Path) -> None:
@@ -443,7 +602,7 @@ def test_markdown_shows_names_as_they_are(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| 1 |"))
     assert r"rank a\|b\*\<i\>" in row
-    assert len(re.findall(r"(?<!\\)\|", row)) == 11
+    assert len(re.findall(r"(?<!\\)\|", row)) == 13
     assert "    python -m src.run model=tiny" in text
 
 
