@@ -71,7 +71,7 @@ def conclude(
     for name, values in parts.items():
         found |= {f"control_{name}/{key}": getattr(values, key) for key in _OF_A_PART}
     found |= _strata(study, before, after, likeness, first)
-    found |= {f"adjusted/{name}": value for name, value in verdict.adjusted.items()}
+    found |= {f"holm/{name}": value for name, value in verdict.adjusted.items()}
     reason = f"{verdict.reason} {_beside(found, study.config.eval.layer)}"
     return found | {"verdict": verdict.label, "verdict_reason": reason}, specificity
 

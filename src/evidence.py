@@ -100,12 +100,14 @@ def _paired(
     seed: int,
 ) -> dict[str, float]:
     """The chosen pairs' levels before and after, and what the paired tests say of them."""
-    rows = torch.from_numpy(chosen).to(split.relevant.device)
     own = torch.arange(len(chosen))[:, None]
-    sides = ((split.source_before, split.target_before), (split.source_after, split.target_after))
-    levels = [measure(source[rows], target[rows], own, names=["pair_cosine", "margin"]) for source, target in sides]
+    sides = [(split.source_before, split.target_before), (split.source_after, split.target_after)]
+    if len(chosen) < len(words):  # else a copy of every vector
+        rows = torch.from_numpy(chosen).to(split.relevant.device)
+        sides = [(source[rows], target[rows]) for source, target in sides]
+    levels = [measure(source, target, own, names=["pair_cosine", "margin"]) for source, target in sides]
     old, new = (level["pair_cosine"] for level in levels)
-    before, after = (pair_cosines(source[rows], target[rows]).cpu().numpy() for source, target in sides)
+    before, after = (pair_cosines(source, target).cpu().numpy() for source, target in sides)
     gains, words = after - before, words[chosen]
     first = np.unique(words, return_index=True)[1]
     hit_before, hit_after = (hit[chosen][first] for hit in hits)

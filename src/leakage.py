@@ -119,11 +119,11 @@ def _beginning_alike(words: Sequence[str], trained: Sequence[str]) -> tuple[tupl
 
 
 def _beginnings(word: str) -> Iterator[str]:
-    """The beginnings that are long enough to tell, the longest first; none of an entry of several words.
+    """The beginnings that are long enough to tell, the longest first; none of what isn't one word of letters alone.
 
     Two words share one of these exactly if their common beginning is long enough for both.
     """
     letters = without_marks(word)
-    if len(letters.split()) == 1:
+    if letters.isalpha():
         for length in range(len(letters), max(FEWEST_LETTERS, math.ceil(SHARE * len(letters))) - 1, -1):
             yield letters[:length]

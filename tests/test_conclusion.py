@@ -102,7 +102,7 @@ def test_every_number_is_finite_and_every_baseline_there(concluded):
     for name in ("centred", "lsar", "procrustes", "spelling"):
         assert 0 <= concluded[f"baseline/{name}_csls_p_at_1"] <= 1
     for name in ("control/specificity_pvalue", "train/specificity_pvalue", "train/excess_pvalue"):
-        assert 0 < concluded[f"adjusted/{name}"] <= 1
+        assert 0 < concluded[f"holm/{name}"] <= 1
 
 
 @pytest.mark.usefixtures("own_cache")

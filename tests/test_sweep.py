@@ -151,7 +151,7 @@ def check_view_and_table(store: str, parent: Any, out: str) -> None:
     for row in rows:  # each number is the one of its folder
         results = json.loads((Path(row[-1]) / "results.json").read_text())
         results["control/specificity_pvalue"] = specificity_pvalue(results, "control")
-        assert row[2:-1] == [results[key] for key in summary.COLUMNS]
+        assert row[2:-1] == [results.get(key) for key in summary.COLUMNS]
 
 
 def saved_view(store: str, parent: Any) -> dict[str, Any]:
@@ -421,9 +421,12 @@ def test_a_summary_shows_the_verdict_s_p_and_no_verdict_of_a_pilot() -> None:
     pvalues = {"control/specificity_pvalue": 0.03, "control/scaled_specificity_pvalue": 0.3}
     trained = {"name": "a", "verdict": "none", "control/margin_gain": -2e-05, **pvalues}
     rows = summary.job_rows([trained, {"name": "b", "verdict": "none", "control/csls_p_at_1_before": 0.1}])
-    assert rows == [["a", "none", -2e-05, None, None, 0.3], ["b", None, None, 0.1, None, None]]
+    assert rows == [
+        ["a", "none", -2e-05, None, None, None, None, 0.3],
+        ["b", None, None, 0.1, None, None, None, None],
+    ]
     first, second = summary.as_text([{**trained, "params": {}}]).splitlines()[1:], signed(0.00051)
-    assert "-2.0e-05" in first[1] and "0.3" in first[1] and (second, signed(0)) == ("+0.0005", "+0.0000")
+    assert "-2.0e-05" in first[2] and "0.3" in first[2] and (second, signed(0)) == ("+0.0005", "+0.0000")
 
 
 def test_only_whole_job_folders_count_as_done(tmp_path: Path) -> None:
