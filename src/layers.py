@@ -6,6 +6,7 @@ Layers are numbered by hidden state: 0 is the input embeddings, k (1…N) the re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -105,8 +106,11 @@ def tokenize(
     """Tokenizes each word in the template and marks the tokens to pool.
 
     "mean" pools all tokens of a bare word (the paper, section 3), or, in a longer template, the tokens that
-    overlap the word. "last" reads the prompt's last token (PromptEOL, Jiang et al. 2023). `exclude_bos` leaves a
-    leading BOS out of the mean: it is an attention sink, the same for every word.
+    overlap the word. "last" reads the prompt's last token (PromptEOL, Jiang et al. 2023).
+
+    `exclude_bos` leaves out the special tokens that the tokenizer adds before and after a prompt: a BOS, a prefix of
+    several, an EOS. They are the same for every word, and the first is an attention sink. "last" then reads the last
+    token before those at the end. In a longer template the mean never counts them.
 
     Raises UserError for a word that yields no token.
     """
@@ -114,24 +118,51 @@ def tokenize(
         return []
     before = template.index("{word}")
     bare = template == "{word}"
-    encoded = tokenizer([template.replace("{word}", word) for word in words], return_offsets_mapping=not bare)
+    texts = [template.replace("{word}", word) for word in words]
+    encoded = tokenizer(texts, return_offsets_mapping=not bare, return_special_tokens_mask=True)
+    added = _added(texts, encoded, tokenizer)
     prompts = []
-    for i, (word, ids) in enumerate(zip(words, encoded["input_ids"], strict=True)):
+    for i, (word, ids, (leading, trailing)) in enumerate(zip(words, encoded["input_ids"], added, strict=True)):
+        left_out = exclude_bos or (pooling == "mean" and not bare)
+        first, end = (leading, len(ids) - trailing) if left_out else (0, len(ids))
         if pooling == "last":
-            start, stop = len(ids) - 1, len(ids)
+            start, stop = end - 1, end
         elif bare:
-            has_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
-            start, stop = int(exclude_bos and has_bos), len(ids)
+            start, stop = first, end
         else:
-            start, stop = _overlap(encoded["offset_mapping"][i], before, before + len(word))
-        if not 0 <= start < stop:
+            start, stop = _overlap(encoded["offset_mapping"][i], before, before + len(word), range(first, end))
+        if not first <= start < stop:
             raise UserError(f"the word {word!r} yields no token of this model's vocabulary: take it out of the pairs")
         prompts.append(Prompt(tuple(ids), start, stop))
     return prompts
 
 
-def _overlap(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
-    inside = [i for i, (first, last) in enumerate(offsets) if first < stop and last > start]
+def _added(texts: Sequence[str], encoded: Mapping[str, Any], tokenizer: Any) -> list[tuple[int, int]]:
+    """How many special tokens the tokenizer adds (before, after) each text.
+
+    Of those that its mask marks at either end, as many as the text has more than without special tokens: some mask
+    the text's own, where it spells one or is unknown.
+    """
+    masks = encoded["special_tokens_mask"]
+    if not any(map(any, masks)):
+        return [(0, 0)] * len(texts)
+    bare = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [_around(*text) for text in zip(encoded["input_ids"], bare, masks, strict=True)]
+
+
+def _around(ids: Sequence[int], own: Sequence[int], mask: Sequence[int]) -> tuple[int, int]:
+    """(before, after) of one text, from its ids with special tokens, its own ids and the mask of special ones."""
+    more = max(0, len(ids) - len(own))
+    leading, trailing = (mask.index(0), mask[::-1].index(0)) if 0 in mask else (len(mask), len(mask))
+    for first in range(min(more, leading), -1, -1):
+        if more - first <= trailing and list(ids[first : first + len(own)]) == list(own):
+            return first, more - first
+    first = min(more, leading)
+    return first, min(more - first, trailing)
+
+
+def _overlap(offsets: Sequence[tuple[int, int]], start: int, stop: int, among: range) -> tuple[int, int]:
+    inside = [i for i in among if offsets[i][0] < stop and offsets[i][1] > start]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
@@ -188,7 +219,11 @@ def packed(prompts: Sequence[Prompt], below: Below | None = None) -> Batch:
     BOS, a template and the first syllables that words share are run once. `packs` checks that the model keeps to it.
     `below` knows all of the prompts' tokens.
     """
-    members = _rows(prompts)
+    return _in_rows(prompts, _rows(prompts), below)
+
+
+def _in_rows(prompts: Sequence[Prompt], members: Sequence[Sequence[int]], below: Below | None = None) -> Batch:
+    """The batch whose rows are the trees of these members, places among the prompts."""
     trees = [Tree([prompts[place] for place in row]) for row in members]
     length, most = max(len(tree.tokens) for tree in trees), max(len(row) for row in members)
     # Filled as NumPy's, whose single elements are ten times as fast to set as a tensor's: this is done at each step.
@@ -225,12 +260,21 @@ def _rows(prompts: Sequence[Prompt]) -> list[list[int]]:
     order, lengths, new = _in_order(prompts)
     costs: list[tuple[float, list[int]]] = []
     capacity = max(_ROW, *lengths)
-    while not costs or len(costs[-1][1]) > 1:
+    while not costs or (len(costs[-1][1]) > 1 and capacity <= _longest_row(max(lengths))):
         starts, longest = _cut(lengths, new, capacity)
         costs.append((len(starts) * longest * (1 + longest / _AS_MUCH), starts))
         capacity += capacity // 8
     _, starts = min(costs)
     return _parts(order, starts)
+
+
+def _longest_row(longest: int) -> int:
+    """Tokens of the longest row that is worth trying, where all of a prompt but its last token may be shared.
+
+    With n tokens that aren't shared, a row of r tokens holds r - longest of them, so that all rows cost
+    n · r · (1 + r / _AS_MUCH) / (r - longest): this r makes it least.
+    """
+    return max(_ROW, longest + math.isqrt(longest**2 + _AS_MUCH * longest))
 
 
 def _in_order(prompts: Sequence[Prompt]) -> tuple[list[int], list[int], list[int]]:
@@ -387,7 +431,7 @@ def read_states(model: nn.Module, layers: Sequence[Layer], read: Callable[[Layer
 
     def after(layer: int) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-            read(layer, output[0] if isinstance(output, tuple) else output)
+            read(layer, output[0] if isinstance(output, (tuple, list)) else output)
             if layer == last:
                 raise _Stop
 
@@ -409,34 +453,151 @@ class _Stop(Exception):  # noqa: N818 (not an error: the forward has gone as dee
 
 
 def packs(model: nn.Module, prompts: Sequence[Prompt]) -> bool:
-    """Whether these prompts may be packed: seen by comparing a packed with a stacked forward, once for each model.
+    """Whether these prompts may be packed: tried on the model, and again where one is longer than any before.
 
-    A sliding window that is shorter than a prompt would be lost, as the batch says itself what each token sees.
+    A row as long as the longest that such prompts can make is run twice, with another token in one of its words. No
+    other word's vector may change at any layer: a state, a convolution or a mask of the model's own would carry the
+    change over. And the vectors must be those of the words by themselves: a window, positions or a mask that go by the
+    place in the row would make others. Both hold to the bit or to the model's rounding, which is measured.
+
+    A model whose trial raises isn't packed. Nor are prompts longer than a window of its attention: the batch says
+    itself what each token sees, so the window would be lost.
     """
-    window = getattr(text_config(model), "sliding_window", None)
-    if window and max(len(prompt.ids) for prompt in prompts) > window:
+    longest = max(4, *(len(prompt.ids) for prompt in prompts))
+    if any(longest > window for window in _windows(model)):
         return False
-    decoder = _decoder(model)
-    if decoder not in _packing:
-        _packing[decoder] = _keeps_apart(model)
-    return _packing[decoder]
+    tried = _packing.setdefault(_decoder(model), {})
+    if not tried:  # a short row first: one that is longer than a table of positions would end a GPU's process
+        tried[0] = _keeps_apart(model, 4, 16)
+    for length, apart in tried.items():
+        if longest <= length if apart else longest >= length:
+            return apart
+    tried[longest] = _keeps_apart(model, longest, _longest_row(longest))
+    return tried[longest]
 
 
-_packing: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_packing: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()  # by the longest prompt's tokens
 
 
-def _keeps_apart(model: nn.Module) -> bool:
-    prompts = trial_prompts(model)
-    with evaluating(model):
-        try:
-            apart = dict(pooled_states(model, stacked(prompts), ["final"]))["final"]
-            together = dict(pooled_states(model, packed(prompts), ["final"]))["final"]
-        except (TypeError, ValueError, RuntimeError) as error:  # an architecture that takes no such positions or mask
-            if ran_out(error):
-                raise
-            return False
-    exact = apart.dtype == embeddings(model).weight.dtype and not getattr(model, "is_quantized", False)
-    return bool(((apart * together).sum(dim=-1) > 1 - (1e-5 if exact else 5e-3)).all())
+def _windows(model: nn.Module) -> list[int]:
+    """How many tokens the attention of some blocks reaches back, by the names that configurations have for it."""
+    names = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "attention_chunk_size")
+    found = [getattr(text_config(model), name, None) for name in names]
+    return [window for window in found if isinstance(window, int) and window > 0]
+
+
+def _keeps_apart(model: nn.Module, longest: int, row: int) -> bool:
+    words, changed, other = _trial_words(model, longest, row)
+    rest = [place for place in range(len(words)) if place != changed]
+    some = sorted({0, rest[1], *rest[-2:]})
+    alone = _parts_of([words[place] for place in some], one_row=False)
+    try:
+        with evaluating(model):
+            apart = _at_all_layers(model, alone)
+            with _rounded(model):
+                rounded = _at_all_layers(model, alone)
+            together = _at_all_layers(model, _parts_of(words, one_row=True))
+            beside = _at_all_layers(model, _parts_of([*words[:changed], other, *words[changed + 1 :]], one_row=True))
+            rounding = _distance(apart, rounded)
+            if (rounding > 0.5).any():  # the trial would take anything for rounding
+                return False
+            moved = _distance(together[:, rest], beside[:, rest])
+            # Experts and 8-bit products take several words together, so that another token rounds them otherwise.
+            if moved.any() and ((moved > rounding).any() or _reaches(model, words, changed)):
+                return False
+    except Exception as error:  # an architecture that takes no such positions or mask
+        if ran_out(error):
+            raise
+        return False
+    return bool((_distance(together[:, some], apart) <= 2 * rounding + 1e-6).all())  # which pooling itself rounds
+
+
+def _trial_words(model: nn.Module, longest: int, row: int) -> tuple[list[tuple[int, ...]], int, tuple[int, ...]]:
+    """(words of `longest` tokens whose tree has `row` tokens, or 4 more than one; a place; that word with another end).
+
+    The first, the last and the one at the place, half-way, share all but two tokens. Of the others one shares what
+    there is no room for, and the rest nothing.
+    """
+    config, chance = text_config(model), np.random.default_rng(0)
+    special = np.hstack([getattr(config, f"{name}_token_id", None) or 0 for name in ("pad", "bos", "eos")])
+    ids = np.setdiff1d(np.arange(min(1000, config.vocab_size)), special)
+    full, over = divmod(max(0, row - longest - 4), longest)
+    first, *fill = chance.choice(ids, (1 + full + (over > 0), longest)).tolist()
+    if over:
+        fill[0][:-over] = first[:-over]
+    ends = chance.choice(ids, 4, replace=False).tolist()
+    one, middle, last = ([*first[:-2], end, end] for end in ends[:3])
+    half = len(fill) // 2
+    words = [one, *fill[:half], middle, *fill[half:], last]
+    return [tuple(word) for word in words], 1 + half, (*middle[:-1], ends[3])
+
+
+def _reaches(model: nn.Module, words: Sequence[tuple[int, ...]], changed: int) -> bool:
+    """Whether the last token of one word has a part in the other words' vectors: else its gradient is 0 to the bit."""
+    inputs: list[Tensor] = []
+
+    def watch(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        states = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+        inputs.append(states)
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+    handle = blocks(model)[0].register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        with torch.enable_grad():
+            vectors = _at_all_layers(model, _parts_of(words, one_row=True))[-1]
+            weights = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0))
+            weights[changed] = 0
+            (gradient,) = torch.autograd.grad((vectors * weights).sum(), inputs)
+    finally:
+        handle.remove()
+    node = Tree([Prompt(word, 0, 1) for word in words]).paths[changed][-1]
+    return bool(gradient[0, node].any())
+
+
+def _parts_of(words: Sequence[tuple[int, ...]], *, one_row: bool) -> Batch:
+    """A batch of words, all in one row or each in its own, that pools two tokens at each one's start, middle, end."""
+    starts = (0, len(words[0]) // 2, len(words[0]) - 2)
+    if one_row:
+        parts = [Prompt(word, start, start + 2) for word in words for start in starts]
+        return _in_rows(parts, [range(len(parts))])
+    pool = torch.zeros(len(words), len(starts), len(words[0]))
+    for part, start in enumerate(starts):
+        pool[:, part, start : start + 2] = 0.5
+    return Batch(torch.tensor(words), pool, torch.arange(len(words) * len(starts)))
+
+
+def _at_all_layers(model: nn.Module, batch: Batch) -> Float[Tensor, "layers words parts_d"]:
+    states = torch.stack([found.cpu() for _, found in pooled_states(model, batch, all_layers(depth(model)))])
+    return states.reshape(len(states), len(batch.places) // 3, -1)
+
+
+def _distance(some: Float[Tensor, "layers n d"], others: Float[Tensor, "layers n d"]) -> Float[Tensor, " layers"]:
+    """The largest at each layer."""
+    return (some - others).norm(dim=-1).amax(dim=-1)
+
+
+@contextmanager
+def _rounded(model: nn.Module) -> Iterator[None]:
+    """Has what each block is given change by one rounding, up or down at random.
+
+    How far the vectors go shows what rounding alone does to this model: it depends on the type, depth and weights.
+    """
+    chance = torch.Generator().manual_seed(0)
+    quantised = getattr(model, "is_quantized", False)  # products are then rounded to 8 bits, or to bfloat16
+
+    def change(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        states = args[0] if args else kwargs["hidden_states"]
+        up = torch.randint(2, states.shape, generator=chance).to(states.device, states.dtype)
+        eps = torch.finfo(torch.bfloat16 if quantised else states.dtype).eps
+        states = states * (1 + eps * (2 * up - 1))
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+    handles = [block.register_forward_pre_hook(change, with_kwargs=True) for block in blocks(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def trial_prompts(model: nn.Module) -> list[Prompt]:
@@ -573,7 +734,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _decoder(model: nn.Module) -> nn.Module:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-    return base.get_decoder()  # pyright: ignore
+    # Of some, get_decoder gives the whole model (Llama 4) or the matrix of the logits (ModernBERT's decoder).
+    parts = [base.get_decoder(), base.base_model, getattr(base, "model", None)]
+    return next((part for part in parts if part is not base and hasattr(part, "get_input_embeddings")), base)
 
 
 def text_config(model: nn.Module) -> Any:

@@ -1,6 +1,5 @@
 """The layer convention and the encoding, against plain transformers."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,14 +7,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from src import layers
@@ -140,6 +148,63 @@ def test_a_sliding_window_shorter_than_a_prompt_is_not_packed():
     assert packs(gemma(), [Prompt((1, 2, 3, 4), 0, 4)])
 
 
+def gpt_neo(window: int) -> GPTNeoForCausalLM:
+    """One block of two reaches back so many tokens, by the place in the row."""
+    config = GPTNeoConfig(
+        vocab_size=99, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, initializer_range=0.2,
+        attention_types=[[["global", "local"], 1]], window_size=window,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    return GPTNeoForCausalLM(config).eval()
+
+
+def in_template(count: int, tokens: int = 64) -> list[Prompt]:
+    """Words of two tokens after a long template."""
+    ids = torch.randint(99, (tokens + 2 * count,), generator=torch.Generator().manual_seed(1)).tolist()
+    ends = [ids[start : start + 2] for start in range(tokens, tokens + 2 * count, 2)]
+    return [Prompt((*ids[:tokens], *end), tokens, tokens + 2) for end in ends]
+
+
+def test_a_window_by_the_place_in_the_row_is_seen():
+    model = gpt_neo(window=100)
+    assert packs(model, in_template(3, tokens=2))
+    assert not packs(model, in_template(40))  # longer prompts make longer rows, which are tried again
+    assert packs(model, in_template(40, tokens=2))
+    some = in_template(40)
+    for row, vectors in zip(some, encode(model, some).unbind(dim=1), strict=True):
+        expected = torch.cat([v for _, v in pooled_states(model, stacked([row]), all_layers(2))])
+        torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_convolution_along_the_row_is_seen(dtype):
+    """However little it carries over: the weights are as small as they are when training begins."""
+    config = Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", *["full_attention"] * 4])
+    model = Lfm2ForCausalLM(config).eval()
+    blocks: Any = model.model.layers
+    blocks[0].conv.out_proj.weight.data.mul_(0.1)
+    assert not packs(model.to(dtype), prompts())
+
+
+def test_no_row_is_longer_than_the_one_that_was_tried():
+    for longest in (1, 4, 20, 66):
+        for count in (3, 40, 300):
+            some = [Prompt(prompt.ids[-longest:], 0, 1) for prompt in in_template(count)]
+            assert packed(some).input_ids.shape[1] <= layers._longest_row(longest)
+
+
+def test_the_trial_changes_nothing_and_raises_nothing():
+    model = llama().train()
+    weights, generator = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
+    assert packs(model, prompts())
+    assert torch.equal(generator, torch.random.get_rng_state())
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    assert model.training and not any(module._forward_pre_hooks for module in model.modules())
+    broken: Any = llama()
+    broken.get_decoder().forward = None
+    assert not packs(broken, prompts())
+
+
 def test_batches_of_trees_keep_to_the_budget():
     some = prompts(200)
     batches = layers.similar_batches(some, 30)
@@ -187,14 +252,14 @@ def test_layer_0_alone_runs_no_block():
 def test_each_distinct_prompt_is_run_once(monkeypatch):
     monkeypatch.setattr(layers, "_ROW", 128)  # one row, which is not padded
     model = llama()
+    packs(model, prompts(10))  # tries the model
     tokens = []
     model.get_decoder().register_forward_pre_hook(
         lambda _m, _a, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     twice = encode(model, prompts(10) + prompts(10))
-    checked = sum(tokens[:2])  # by packs
     encode(model, prompts(10))
-    assert sum(tokens) - checked == 2 * len(beginnings(prompts(10)))
+    assert sum(tokens) == 2 * len(beginnings(prompts(10)))
     assert torch.equal(twice[:, :10], twice[:, 10:])
 
 
@@ -203,6 +268,21 @@ def test_encoding_leaves_the_mode_as_it_was_and_dropout_off():
     first = encode(model, prompts(5))
     assert model.training
     assert torch.equal(first, encode(model, prompts(5)))
+
+
+def with_special_tokens(form: str) -> PreTrainedTokenizerFast:
+    """A token a character of a and b, and what the form puts around a text."""
+    special = ["<unk>", "<s>", "</s>", "[gMASK]", "<sop>"]
+    vocabulary = {token: number for number, token in enumerate([*special, "a", "b"])}
+    characters: Any = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    characters.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    characters.post_processor = TemplateProcessing(
+        single=form, special_tokens=[(token, vocabulary[token]) for token in special]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["[gMASK]", "<sop>"],
+    )  # fmt: skip
 
 
 class TestTokenize:
@@ -214,17 +294,49 @@ class TestTokenize:
         (prompt,) = tokenize(["maji"], tiny.tokenizer, template="the {word} is", pooling="last")
         assert (prompt.start, prompt.stop) == (10, 11)
 
-    def test_bos_is_left_out_only_where_there_is_one(self, tiny):
-        (bare,) = tokenize(["maji"], tiny.tokenizer)
-        assert (bare.start, bare.stop) == (0, 4)
+    @pytest.mark.parametrize(
+        ("form", "around"),
+        [
+            ("$A", (0, 0)),  # SmolLM2's
+            ("<s> $A", (1, 0)),  # Gemma's
+            ("</s> $A", (1, 0)),  # XGLM's, which is not its BOS
+            ("[gMASK] <sop> $A", (2, 0)),  # GLM-4's
+            ("<s> $A </s>", (1, 1)),  # BERT's
+            ("$A </s>", (0, 1)),
+        ],
+    )
+    def test_special_tokens_that_the_tokenizer_adds_are_left_out(self, form, around):
+        before, after = around
+        tokenizer = with_special_tokens(form)
+        for word, own in (("ab", 2), ("é", 1), ("<s>", 1), ("</s>a", 2), ("a</s>", 2)):  # é is unknown
+            (bare,) = tokenize([word], tokenizer)
+            assert (bare.start, bare.stop, len(bare.ids)) == (before, before + own, before + own + after)
+            (whole,) = tokenize([word], tokenizer, exclude_bos=False)
+            assert (whole.ids, whole.start, whole.stop) == (bare.ids, 0, len(bare.ids))
+            (last,) = tokenize([word], tokenizer, pooling="last")
+            assert (last.start, last.stop) == (bare.stop - 1, bare.stop)
+            (last,) = tokenize([word], tokenizer, pooling="last", exclude_bos=False)
+            assert (last.start, last.stop) == (len(bare.ids) - 1, len(bare.ids))
+            for exclude in (True, False):
+                for template, start in (("{word}b", 0), ("b{word}", 1), ("b{word}b", 1)):
+                    (prompt,) = tokenize([word], tokenizer, template=template, exclude_bos=exclude)
+                    assert (prompt.start, prompt.stop) == (before + start, before + start + own)
+        with pytest.raises(UserError, match="yields no token"):
+            tokenize([""], tokenizer)
 
-        class WithBos(SimpleNamespace):
-            def __call__(self, texts, **_):
-                return {"input_ids": [[7, 1, 2] for _ in texts]}
+    def test_a_mask_that_counts_a_words_own_unknown_tokens_loses_none_of_them(self):
+        """As tokenizers without the fast library mask, by their list of special tokens."""
+        tokenizer = with_special_tokens("<s> $A </s>")
 
-        with_bos = WithBos(bos_token_id=7)
-        assert tokenize(["x"], with_bos)[0].start == 1
-        assert tokenize(["x"], with_bos, exclude_bos=False)[0].start == 0
+        def all_masked(texts: list[str], **how: Any) -> dict[str, Any]:
+            encoded = dict(tokenizer(texts, **how))
+            if "special_tokens_mask" in encoded:
+                special = tokenizer.all_special_ids
+                encoded["special_tokens_mask"] = [[int(id in special) for id in ids] for ids in encoded["input_ids"]]
+            return encoded
+
+        found = tokenize(["é", "éa", "aé", "<s>a"], all_masked)
+        assert [(prompt.start, prompt.stop) for prompt in found] == [(1, 2), (1, 3), (1, 3), (1, 3)]
 
     def test_a_word_without_tokens_is_named(self, tiny):
         with pytest.raises(UserError, match=r"the word '' yields no token"):
