@@ -11,7 +11,7 @@ import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial, wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from torch import Tensor, nn
+from torch import Tensor, finfo, nn
 from torch.nn import functional
 
 from src import console
@@ -35,7 +35,21 @@ from src.files import (
     made_once,
     room_for,
 )
-from src.layers import Below, Layer, blocks, depth, peft_indices
+from src.layers import (
+    Below,
+    Layer,
+    Prompt,
+    all_layers,
+    blocks,
+    depth,
+    evaluating,
+    forward,
+    peft_indices,
+    read_states,
+    stacked,
+    trial_prompts,
+    width,
+)
 from src.linear import library, multiply_by_onednn
 from src.machine import lacks_bfloat16
 from src.memory import ran_out
@@ -69,7 +83,8 @@ class LoadedModel:
 def load_model(model: ModelConfig, quant: QuantConfig) -> LoadedModel:
     """The model that the config names, in evaluation mode; kept until another is asked for.
 
-    Raises UserError naming the key for an absent model or package, an absent GPU, weights that aren't safetensors.
+    Raises UserError naming the key for an absent model or package, an absent GPU, weights that aren't safetensors, a
+    model that isn't a causal decoder.
     """
     folder = own_folder(model)
     key = json.dumps([asdict(model), asdict(quant), folder_state(folder) if folder else None])
@@ -108,6 +123,7 @@ def _load(config: ModelConfig, quant: QuantConfig, key: str) -> LoadedModel:
     _keep_4bit_weights(model)
     if config.n_layers is not None and depth(model) != config.n_layers:
         raise UserError(f"model.n_layers={config.n_layers}, but {config.name} has {depth(model)} blocks: mend the key")
+    check_decoder(model, config)
     contents = folder_contents(folder) if own_folder(config) else None
     return LoadedModel(model, tokenizer, _identity(model, tokenizer, key, revision), revision, contents)
 
@@ -116,6 +132,77 @@ def _identity(model: PreTrainedModel, tokenizer: Any, key: str, revision: str) -
     """Names the weights and the arithmetic, so that a cached encoding is used for these alone."""
     versions = [version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")]
     return digest(key, revision, *versions, library(), model.device.type, str(len(tokenizer)))
+
+
+def check_decoder(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Refuses a model whose layers can't be read, or where a later token changes what an earlier one's hold.
+
+    Two forwards of a few tokens show it, whose first rows end differently: an architecture's name doesn't.
+    """
+    import torch
+
+    name = f"model.id={config.id}: {type(model).__name__}"
+    first, second, *_ = trial_prompts(model)
+    changed = replace(first, ids=(*first.ids[:-1], second.ids[-1]))
+    devices = list(range(torch.cuda.device_count())) if model.device.type == "cuda" else []
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=devices):
+            before, inputs = _all_states(model, [first, second])
+            after, _ = _all_states(model, [changed, second])
+    except UserError:
+        raise
+    except Exception as error:
+        if ran_out(error):
+            raise
+        raise UserError(f"{name} can't run a few tokens ({_first_line(error)}): give another model") from error
+    expected = (2, len(first.ids), width(model))
+    for layer, states in zip(all_layers(depth(model)), before, strict=True):
+        if states.shape != expected:
+            sizes = f"{tuple(states.shape)} at layer {layer}, not {expected}"
+            raise UserError(f"{name} has hidden states of shape {sizes}: give another model")
+    if any(_moved(given, left).max() > 0.5 for given, left in zip(inputs, before, strict=False)):
+        raise UserError(f"{name} has no blocks of which each is given what the one before gives: give another model")
+    if _looks_ahead(before, after, exact=not getattr(model, "is_quantized", False)):
+        advice = "give a causal decoder, or set is_decoder=true in its config.json if it was trained as one"
+        raise UserError(f"{name} looks ahead, a later token changes the vectors of earlier ones: {advice}")
+
+
+def _all_states(model: PreTrainedModel, prompts: Sequence[Prompt]) -> tuple[list[Tensor], list[Tensor]]:
+    """(hidden states of prompts of the same length at all layers, what each block is given)."""
+    states: dict[Layer, Tensor] = {}
+    inputs: list[Tensor] = []
+
+    def given(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    handles = [block.register_forward_pre_hook(given, with_kwargs=True) for block in blocks(model)]
+    try:
+        with read_states(model, all_layers(depth(model)), states.__setitem__):
+            states["final"] = forward(model, stacked(prompts))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [states[layer] for layer in all_layers(depth(model))], inputs
+
+
+def _moved(some: Tensor, others: Tensor) -> Tensor:
+    """How far apart each token's unit vectors are."""
+    one, other = (functional.normalize(states.float().cpu(), dim=-1) for states in (some, others))
+    return (one - other).norm(dim=-1)
+
+
+def _looks_ahead(before: Sequence[Tensor], after: Sequence[Tensor], *, exact: bool) -> bool:
+    """Whether another last token in the first row moves the row's earlier tokens by more than rounding.
+
+    Experts and 8-bit products take tokens together, so that it can move any token by rounding, those of the second row
+    too. Rounding grows with depth: the first layer that moves decides.
+    """
+    for one, other in zip(before, after, strict=True):
+        moved = _moved(one, other)
+        if (earlier := moved[0, :-1].max()) > 0:
+            rounding = 8 * finfo(one.dtype).eps if exact else 1.0
+            return bool(earlier > min(0.02, rounding) + 4 * moved[1].max())
+    return False
 
 
 def import_peft() -> None:
@@ -227,16 +314,23 @@ def _from_folder(
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **common)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        load = partial(
+            AutoModelForCausalLM.from_pretrained,
             folder,
             output_loading_info=True,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
             use_safetensors=config.safetensors_only or None,
             quantization_config=_quantization(quant),
             device_map=config.device_map or device,
             **common,
         )
+        try:
+            loaded: Any = load(attn_implementation=config.attention)
+        except ValueError as error:
+            if config.attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                raise
+            log.info("this architecture has no sdpa: model.attention=eager is used for %s", config.name)
+            loaded = load(attn_implementation="eager")
     except UnpicklingError as error:  # torch says how to run it all the same; we don't
         raise UserError(f"model.id={config.id}: its weights are a pickle that wants to run code: not loaded") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

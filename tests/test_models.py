@@ -2,16 +2,33 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from torch.nn import functional
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from src import console, machine, models
+from src.config import ModelConfig
 from src.errors import UserError
-from src.layers import encode, tokenize
-from src.models import adapter, load_model, save_adapter, unpacked
+from src.layers import Prompt, encode, tokenize
+from src.models import LoadedModel, adapter, check_decoder, load_model, save_adapter, unpacked
 from tests.conftest import model_config, quant_config
 from tests.test_tracking import run_python
 from tests.test_training import LORA
@@ -156,6 +173,80 @@ class TestRefused:
     def test_a_depth_that_is_not_the_models(self, own):
         with pytest.raises(UserError, match=r"n_layers=7, but .* has 4 blocks"):
             load_model(replace(own, n_layers=7), quant_config())
+
+
+def saved(model: Any, tiny: LoadedModel, folder: Path) -> ModelConfig:
+    """A model as a user's own, with the tiny one's tokenizer."""
+    model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return model_config(source="hub", id=str(folder), n_layers=None)
+
+
+SIZES: dict[str, Any] = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def bert(**values: Any) -> BertLMHeadModel:
+    return BertLMHeadModel(BertConfig(**SIZES, intermediate_size=48, initializer_range=0.2, **values))
+
+
+class TestDecoders:
+    @pytest.mark.filterwarnings("ignore:If you want to use `BertLMHeadModel`")
+    def test_a_model_that_looks_ahead_is_refused(self, tiny, tmp_path):
+        message = r"^model.id=.*: BertLMHeadModel looks ahead, .* set is_decoder=true"
+        with pytest.raises(UserError, match=message) as refused:
+            load_model(saved(bert(is_decoder=False), tiny, tmp_path), quant_config())
+        assert "\n" not in str(refused.value)
+        assert load_model(saved(bert(is_decoder=True), tiny, tmp_path), quant_config()).n_layers == 2
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_experts_that_take_tokens_together_do_not_look_ahead(self, tiny, tmp_path, dtype):
+        config = MixtralConfig(**SIZES, num_key_value_heads=2, intermediate_size=48, initializer_range=0.2)
+        ours = saved(MixtralForCausalLM(config), tiny, tmp_path)
+        assert load_model(replace(ours, dtype=dtype), quant_config()).n_layers == 2
+
+    def test_llama_4_is_read(self, tiny, tmp_path):
+        config = Llama4TextConfig(
+            **SIZES, num_key_value_heads=2, head_dim=8, intermediate_size=16, intermediate_size_mlp=48,
+            num_local_experts=4,
+        )  # fmt: skip
+        model = load_model(saved(Llama4ForCausalLM(config), tiny, tmp_path), quant_config()).model
+        prompt = Prompt((5, 6, 7), 0, 3)
+        plain = model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+        expected = functional.normalize(torch.stack([states[0].mean(0) for states in plain]), dim=-1)
+        torch.testing.assert_close(encode(model, [prompt], layers=[0, 1, "final"])[:, 0], expected, atol=1e-5, rtol=0)
+
+    def test_a_model_whose_blocks_are_no_chain_is_refused(self, tiny, tmp_path):
+        config = XLMConfig(vocab_size=600, emb_dim=32, n_layers=2, n_heads=4, causal=True, embed_init_std=0.2)
+        with pytest.raises(UserError, match=r"XLM.* has no blocks of which each is given what the one before gives"):
+            load_model(saved(XLMWithLMHeadModel(config), tiny, tmp_path), quant_config())
+
+    def test_hidden_states_that_are_no_matrix_are_refused(self, tiny, tmp_path):
+        config = XLNetConfig(vocab_size=600, d_model=32, n_layer=2, n_head=4, d_inner=48, attn_type="uni", mem_len=0)
+        with pytest.raises(UserError, match=r"XLNet.* has hidden states of shape \(4, 2, 32\) at layer 0, not"):
+            load_model(saved(XLNetLMHeadModel(config), tiny, tmp_path), quant_config())
+
+    def test_an_architecture_without_sdpa_is_loaded_with_eager_and_the_log_says_so(self, tiny, tmp_path, caplog):
+        config = GPTNeoConfig(
+            vocab_size=600, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+        )
+        ours = saved(GPTNeoForCausalLM(config), tiny, tmp_path)
+        assert ours.attention == "sdpa"
+        with caplog.at_level("INFO", logger="src.models"):
+            model = load_model(ours, quant_config()).model
+        assert model.config._attn_implementation == "eager"
+        assert any("model.attention=eager is used" in message for message in caplog.messages)
+
+    @pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+    def test_looking_changes_nothing(self, own, quant):
+        loaded = load_model(own, quant_config(quant))
+        before, generator = state(loaded.model), torch.random.get_rng_state()
+        hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in loaded.model.modules()]
+        check_decoder(loaded.model, own)
+        assert torch.equal(torch.random.get_rng_state(), generator)
+        after = state(loaded.model)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert hooks == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in loaded.model.modules()]
 
 
 @pytest.mark.parametrize(("double", "computing"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float32")])
