@@ -10,6 +10,7 @@ import multiprocessing
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ import src.paired
 from bench.nulls import (
     SINK,
     Change,
+    Simulated,
     Split,
     by_spelling,
     hubs,
@@ -27,6 +29,7 @@ from bench.nulls import (
     planted,
     spelt,
     to_class_means,
+    unit,
 )
 from src.evidence import gather_evidence, judge
 from src.spelling import LOOK_ALIKE, word_similarity
@@ -109,16 +112,26 @@ def simulate(
     rng = np.random.default_rng(seed)
     n_train, n_control = pairs or scenario.pairs
     trained, unseen = (scenario.train or scenario.control)(rng, n_train), scenario.control(rng, n_control)
-    how = {"permutations": permutations, "seed": int(rng.integers(2**31))}
+    how: dict[str, Any] = {"permutations": permutations, "seed": int(rng.integers(2**31))}
+    untouched: dict[str, Any] = {"spellings": unseen.spellings, "best_layer": _another_layer(rng, unseen)}
     # no claim rests on the near words of trained pairs, and their spelling takes half of the time
     train, _ = gather_evidence(*trained.vectors, trained.relevant, **how)
-    control, _ = gather_evidence(*unseen.vectors, unseen.relevant, **how, spellings=unseen.spellings)
+    control, _ = gather_evidence(*unseen.vectors, unseen.relevant, **how, **untouched)
     alike = word_similarity(unseen.spellings) >= LOOK_ALIKE
     unalike = control
     if alike.any():
-        unalike, _ = gather_evidence(*unseen.vectors, unseen.relevant, **how, spellings=unseen.spellings, among=~alike)
+        unalike, _ = gather_evidence(*unseen.vectors, unseen.relevant, **how, **untouched, among=~alike)
     verdict = judge(train, control, perplexity_increase=None, max_perplexity_increase=0.1, unalike=unalike)
     return Outcome(verdict.label, train.t_pvalue, control.t_pvalue, control.mcnemar_pvalue)
+
+
+def _another_layer(rng: np.random.Generator, split: Simulated) -> tuple[torch.Tensor, torch.Tensor]:
+    """What another layer of the untouched model makes of the words: much the same."""
+    source, target = (
+        torch.from_numpy(unit(side.numpy() + 0.5 * unit(rng.normal(size=side.shape))).astype(np.float32))
+        for side in split.vectors[:2]
+    )
+    return source, target
 
 
 def prepare_worker() -> None:
@@ -140,15 +153,15 @@ def main() -> None:
     print(f"| scenario | {' | '.join((*LABELS, *tests))} |")
     print("|---|" + "---|" * (len(LABELS) + len(tests)))
     with multiprocessing.get_context("spawn").Pool(2, prepare_worker) as pool:
-        for number in range(len(scenarios())):
-            name, found = scenarios()[number].name, pool.map(partial(_numbered, number), range(runs), chunksize=10)
+        for number, scenario in enumerate(scenarios()):
+            found = pool.map(partial(_numbered, number), range(runs), chunksize=10)
             labels = [outcome.label for outcome in found]
             cells = [interval(labels.count("aligned"), runs)]
             cells += [f"{labels.count(label) / runs:.1%}" for label in LABELS[1:]]
             cells += [f"{np.mean([outcome.train_t < 1e-50 for outcome in found]):.1%}"]
             cells += [f"{np.mean([outcome.control_t < 0.05 for outcome in found]):.1%}"]
             cells += [f"{np.mean([outcome.mcnemar < 0.05 for outcome in found]):.1%}"]
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+            print(f"| {scenario.name} | {' | '.join(cells)} |", flush=True)
 
 
 def _numbered(number: int, seed: int) -> Outcome:

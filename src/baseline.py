@@ -27,7 +27,7 @@ _FILES = {
     "encodings": ("layers", "linear", "models", "vectors"),
     "measures": ("measures", "pairs", "study"),
     "probes": ("probes", "pairs", "study"),
-    "training_free": ("conclusion", "measures", "pairs", "training_free"),
+    "training_free": ("conclusion", "measures", "pairs", "study", "training_free"),
 }
 _CODE = {
     kind: digest(*(file_digest(Path(__file__).with_name(f"{n}.py")) for n in some)) for kind, some in _FILES.items()

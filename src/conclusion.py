@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +19,7 @@ from src.study import SPLITS, Encoding, LayerRow, SplitName, Study
 from src.training_free import best_layer, training_free
 from src.verdict import claimed_of
 
-# What is told of the look-alikes and of the others; the whole control split has everything.
+# Reported for look-alikes and for the rest; the whole control split reports every field.
 _OF_A_PART = (
     "n_pairs", "n_words", "margin_before", "margin_after", "margin_gain", "csls_p_at_1_before", "csls_p_at_1_after",
     "words_won", "words_lost", "mcnemar_pvalue", "specificity_gain", "specificity_pvalue", "scaled_specificity_pvalue",
@@ -39,30 +39,34 @@ def conclude(
     `layers` are the rows of layers.csv, `probes` what was found of the model's output.
     """
     likeness, first = word_similarity(_spellings(study, "control")), _first_pairs(study, before)
-    free = _training_free(study, before)
+    free = _training_free(study, before, layers)
     found: dict[str, Any] = dict(free) | _spelling_baseline(study, first)
     if after is None:
         nothing = {"verdict": "none", "verdict_reason": "Nothing was trained."}
         scalars = _pilot_scalars(study, before) | _strata(study, before, None, likeness, first)
         return found | scalars | nothing, {}
-    found |= _best_trained_layer(study, after, layers)
+    best, score = _best_layer(study, after, layers, "after")
+    found |= {"best_trained_layer": str(best), "baseline/best_layer_csls_p_at_1_after": score}
     best_index = study.layers.index(_layer(free["best_untouched_layer"]))
     evidence, specificity = {}, {}
     for split in SPLITS:
         evidence[split], specificity[split] = _evidence(study, before, after, split, best_index)
     alike = likeness >= LOOK_ALIKE
-    parts = {
-        name: _evidence(study, before, after, "control", best_index, among)[0]
-        for name, among in (("lookalike", alike), ("unalike", ~alike))
-        if among.any()
-    }
+    parts = {"unalike": evidence["control"]} if not alike.any() else {}
+    if alike.any():
+        parts = {
+            name: _evidence(study, before, after, "control", best_index, among)[0]
+            for name, among in (("lookalike", alike), ("unalike", ~alike))
+            if among.any()
+        }
     unalike = parts.get("unalike") or _nothing_left(evidence["control"])
+    perplexities = _perplexities(probes)
     verdict = judge(
         evidence["train"],
         evidence["control"],
-        perplexity_increase=_largest(probes, "change"),
+        perplexity_increase=max((change for change, _, _ in perplexities.values()), default=None),
         max_perplexity_increase=study.config.eval.max_perplexity_increase,
-        perplexity_interval=_perplexity_interval(probes),
+        perplexities=perplexities,
         unalike=unalike,
     )
     found["claimed_on"] = "control_unalike" if claimed_of(evidence["control"], unalike) is unalike else "control"
@@ -97,7 +101,7 @@ def _evidence(
 
 
 def _nothing_left(control: SplitEvidence) -> SplitEvidence:
-    """Stands for the words that aren't look-alikes where there are none."""
+    """The evidence where every control word is a look-alike: control's, with no words."""
     return type(control)(**(asdict(control) | {"n_words": 0, "n_pairs": 0}))
 
 
@@ -109,13 +113,16 @@ def _beside(found: Mapping[str, Any], layer: Layer) -> str:
     """What the retrieval after training must be read beside."""
     best, score = found["best_untouched_layer"], found["baseline/best_layer_csls_p_at_1_before"]
     trained = found["control/csls_p_at_1_after"]
-    return f"Untouched, layer {best} retrieves {score:.3f} of the unseen words; trained, layer {layer} {trained:.3f}."
+    return (
+        f"Before training, layer {best} retrieves {score:.3f} of the unseen words; after it, layer {layer} retrieves "
+        f"{trained:.3f}."
+    )
 
 
 # --- baselines that cost no training ------------------------------------------------------------------------
 
 
-def _training_free(study: Study, before: Encoding) -> dict[str, Any]:
+def _training_free(study: Study, before: Encoding, layers: Sequence[LayerRow]) -> dict[str, Any]:
     """Control's CSLS P@1 at the untouched model's best layer, and after maps fitted on train; cached."""
     inputs = (
         encoding_key(study.loaded, study.source + study.target),
@@ -126,40 +133,32 @@ def _training_free(study: Study, before: Encoding) -> dict[str, Any]:
     )
 
     def make() -> dict[str, Any]:
-        listed = study.relevant("train")
-        scores: dict[Layer, float] = {
-            layer: _csls(before.at(index, study.rows("train")), listed) for index, layer in enumerate(study.layers)
-        }
-        best = best_layer(scores)
-        index, rows = study.layers.index(best), study.rows("control")
+        best, score = _best_layer(study, before, layers, "before")
         train, control = (before.at(study.eval_index, study.rows(split)) for split in SPLITS)
         maps = training_free(train, control, study.relevant("control"))
         return {
             "best_untouched_layer": str(best),
-            "baseline/best_layer_csls_p_at_1_before": _csls(before.at(index, rows), study.relevant("control")),
+            "baseline/best_layer_csls_p_at_1_before": score,
         } | {f"baseline/{name}": value for name, value in maps.items()}
 
     return baseline_values("training_free", study.loaded, repr(inputs), make)
 
 
-def _best_trained_layer(study: Study, after: Encoding, layers: Sequence[LayerRow]) -> dict[str, Any]:
-    """The same choice, on train, among the trained model's layers."""
+def _best_layer(
+    study: Study, encoding: Encoding, layers: Sequence[LayerRow], stage: Literal["before", "after"]
+) -> tuple[Layer, float]:
+    """(the layer with the best CSLS P@1 on train, its CSLS P@1 on control)."""
     scores: dict[Layer, float] = {
-        layer: value
-        for layer, stage, split, name, value in layers
-        if (stage, split, name) == ("after", "train", "csls_p_at_1")
+        layer: value for layer, *which, value in layers if which == [stage, "train", "csls_p_at_1"]
     }
-    if not scores:  # eval.measures leaves it out
+    if not scores:  # a pilot, or eval.measures leaves it out
         listed = study.relevant("train")
         scores = {
-            layer: _csls(after.at(index, study.rows("train")), listed) for index, layer in enumerate(study.layers)
+            layer: _csls(encoding.at(index, study.rows("train")), listed) for index, layer in enumerate(study.layers)
         }
     best = best_layer(scores)
-    vectors = after.at(study.layers.index(best), study.rows("control"))
-    return {
-        "best_trained_layer": str(best),
-        "baseline/best_layer_csls_p_at_1_after": _csls(vectors, study.relevant("control")),
-    }
+    vectors = encoding.at(study.layers.index(best), study.rows("control"))
+    return best, _csls(vectors, study.relevant("control"))
 
 
 def _spelling_baseline(study: Study, first: np.ndarray) -> dict[str, float]:
@@ -224,13 +223,12 @@ def _pilot_scalars(study: Study, before: Encoding) -> dict[str, float]:
     return found
 
 
-def _largest(probes: Mapping[str, Any], what: str) -> float | None:
-    """The largest `change`, `change_low` or `change_high` of a language's perplexity; None where none was measured."""
-    values = [value for key, value in probes.items() if key.startswith("lm/perplexity_") and key.endswith(f"_{what}")]
-    return max(values, default=None)
-
-
-def _perplexity_interval(probes: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The largest lower and the largest upper bound of the languages' changes: the worst that is shown, and may be."""
-    low, high = _largest(probes, "change_low"), _largest(probes, "change_high")
-    return None if low is None or high is None else (low, high)
+def _perplexities(probes: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Each language's relative change of the perplexity, and the 95 % interval's bounds."""
+    names = [key.removesuffix("_change") for key in probes if key.startswith("lm/") and key.endswith("_change")]
+    return {
+        name.removeprefix("lm/perplexity_"): tuple(
+            probes[f"{name}_{what}"] for what in ("change", "change_low", "change_high")
+        )
+        for name in names
+    }

@@ -490,7 +490,7 @@ def unread(config: Config, key: str) -> str | None:
 def config_hash(config: Config) -> str:
     """Names a setting, whatever the files it points to hold. Tracking and sweep keys don't count.
 
-    Jobs whose results count otherwise (RESULTS_VERSION) have other hashes: a sweep's table never mixes the two.
+    RESULTS_VERSION is part of it, so jobs that count differently never share a sweep's table.
     """
     read = {name: value for name, value in asdict(config).items() if name not in ("tracking", "sweep")}
     values = read | {"results_version": RESULTS_VERSION}

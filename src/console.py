@@ -135,6 +135,8 @@ def _baseline_lines(results: Mapping[str, Any]) -> Iterable[str]:
 
 def _test_lines(results: Mapping[str, Any]) -> Iterable[str]:
     yield ""
+    if (claimed := claimed_split(results, "control")) != "control":
+        yield f"tests of specificity: control without look-alikes ({results[f'{claimed}/n_words']} words)"
     for key, label in TESTS:
         cells = []
         for split in ("train", "control"):

@@ -15,22 +15,17 @@ import torch
 from torch import Tensor
 
 from src.measures import csls_ranks, measure, pair_cosines, source_words
+from src.near import NearResult, near_test
 from src.paired import gain_interval, mcnemar, paired_tests
 from src.specificity import (
     Change,
-    Near,
     SpecificityResult,
-    alike_in_form,
     change,
     left_out_pvalue,
-    near_test,
-    neighbours,
     scaled,
     specificity_test,
     specificity_tests,
-    without_form,
 )
-from src.spelling import similarities, spelling_vectors
 from src.verdict import SplitEvidence, Verdict, holm, judge
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
@@ -148,7 +143,17 @@ def _specificity(
     before, after = a @ b.T, c @ d.T
     changes = [change(before, after), change(scaled(before), scaled(after))]
     raw, in_spread = specificity_tests(changes, permutations, seed)
-    near = near_test(*_near_words(split, rows, (a, b), (c, d), changes))
+    near = near_test(
+        _arrays(split.source_before, split.target_before),
+        _arrays(split.source_after, split.target_after),
+        split.relevant.cpu().numpy(),
+        tested,
+        best_layer=split.best_layer and _arrays(*split.best_layer),
+        spellings=split.spellings,
+        seed=seed,
+    )
+    if not all(each.spread for each in changes):  # nothing moved by more than rounding
+        near = NearResult(0.0, 1.0, 1.0)
     gains = changes[0].pair_gains
     of_near = {
         "near_gain": near.gain,
@@ -170,38 +175,15 @@ def _specificity(
     return raw, of_near, fields
 
 
+def _arrays(source: Tensor, target: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """NumPy's view of the vectors, which it can't have of bfloat16."""
+    a, b = (side.float() if side.dtype == torch.bfloat16 else side for side in (source, target))
+    return a.cpu().numpy(), b.cpu().numpy()
+
+
 def _deviation(change: Change) -> float:
     """The standard deviation of the pairs' gains, 0 where nothing moved."""
     return float(change.pair_gains.std(ddof=1)) if change.spread else 0.0
-
-
-def _near_words(
-    split: _Split,
-    rows: Int[Tensor, " m"],
-    before: tuple[np.ndarray, np.ndarray],
-    after: tuple[np.ndarray, np.ndarray],
-    changes: list[Change],
-) -> tuple[list[Change], list[Near]]:
-    """The changes without what spelling and length explain of them, and the kinds of near words of these pairs.
-
-    Those of the trained model find classes of words that training drew together and the untouched model doesn't show.
-    """
-    if len(rows) < 2:
-        return changes, []
-    kinds = [neighbours(*before), neighbours(*after)]
-    if split.best_layer:
-        source, target = (vectors[rows].double().cpu().numpy() for vectors in split.best_layer)
-        kinds.append(neighbours(source, target))
-    if split.spellings:
-        sources, targets = zip(*(split.spellings[row] for row in rows.tolist()), strict=True)
-        lengths = [np.array([len(word) for word in words]) for words in (sources, targets)]
-        similarity = similarities(sources, targets).astype(np.float64)
-        kinds.append(alike_in_form(similarity, *lengths))
-        form = [similarity, np.abs(np.subtract.outer(*lengths)).astype(np.float64)]
-        if ngrams := spelling_vectors(sources, targets):
-            form.append((ngrams[0].double() @ ngrams[1].double().T).numpy())
-        changes = [without_form(each, form) for each in changes]
-    return changes, kinds
 
 
 def _restricted(relevant: Int[np.ndarray, "n k"], chosen: Int[np.ndarray, " m"]) -> Int[np.ndarray, "m k"]:

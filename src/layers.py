@@ -145,7 +145,9 @@ def _added(texts: Sequence[str], encoded: Mapping[str, Any], tokenizer: Any) -> 
     """
     masks = encoded["special_tokens_mask"]
     if not any(map(any, masks)):
-        return [(0, 0)] * len(texts)
+        if tokenizer(texts[:1], add_special_tokens=False)["input_ids"][0] == encoded["input_ids"][0]:
+            return [(0, 0)] * len(texts)
+        masks = [[1] * len(ids) for ids in encoded["input_ids"]]  # a tokenizer that adds tokens and marks none
     bare = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [_around(*text) for text in zip(encoded["input_ids"], bare, masks, strict=True)]
 

@@ -72,7 +72,7 @@ def warnings(leakage: Leakage) -> list[str]:
     alike = "share their first letters with a trained word (inflections?)"
     return [
         *_warning(leakage.identical, *sources, "are spelt like one of their translations"),
-        *_warning(leakage.multiword, leakage.control_pairs, "pairs", "hold a trained word in a longer entry"),
+        *_warning(leakage.multiword, leakage.control_pairs, "pairs", "contain a trained word within a longer entry"),
         *_warning(leakage.source_inflections, *sources, alike),
         *_warning(leakage.target_inflections, *targets, alike),
     ]

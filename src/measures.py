@@ -32,9 +32,10 @@ def measure(
     """Computes the named measures of n pairs of unit vectors; row i of `source` and `target` is pair i.
 
     Row i of `relevant` holds the columns that count as right for source i, i among them, padded with -1.
-    Cosines and `mexa` are means over pairs; retrieval (`nn_p_at_1`, `csls_p_at_1`, `csls_p_at_5`, `mrr`,
-    `procrustes_p_at_1`) is a mean over source words, as in MUSE and VecMap: see `source_words`. The mismatched cosine
-    is that of all i ≠ j, a word's other listed translations included: a few of n².
+    Cosines and `mexa` are means over pairs. Retrieval (`nn_p_at_1`, `csls_p_at_1`, `csls_p_at_5`, `mrr`,
+    `procrustes_p_at_1`) is a mean over source words, P@1 as in MUSE and VecMap: see `source_words`. A wrong target
+    takes a rank for each pair that lists it, which `csls_p_at_5` and `mrr` see. The mismatched cosine averages all
+    i ≠ j. These include a word's other listed translations, a few of n².
     `procrustes_p_at_1` is left out unless `fitted_on` gives the (source, target) to fit the rotation on.
     One pair alone has no mismatches: its margin is 0 and its retrieval measures are 1.
     Raises ValueError for no pairs, an unknown name, or a vector that isn't finite.

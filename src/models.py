@@ -161,10 +161,12 @@ def check_decoder(model: PreTrainedModel, config: ModelConfig) -> None:
             sizes = f"{tuple(states.shape)} at layer {layer}, not {expected}"
             raise UserError(f"{name} has hidden states of shape {sizes}: give another model")
     if any(_moved(given, left).max() > 0.5 for given, left in zip(inputs, before, strict=False)):
-        raise UserError(f"{name} has no blocks of which each is given what the one before gives: give another model")
+        raise UserError(
+            f"{name} has blocks that don't pass their outputs on in order: its layers can't be read, choose another"
+        )
     if _looks_ahead(before, after, exact=not getattr(model, "is_quantized", False)):
         advice = "give a causal decoder, or set is_decoder=true in its config.json if it was trained as one"
-        raise UserError(f"{name} looks ahead, a later token changes the vectors of earlier ones: {advice}")
+        raise UserError(f"{name} looks ahead: a later token changes the vectors of earlier ones: {advice}")
 
 
 def _all_states(model: PreTrainedModel, prompts: Sequence[Prompt]) -> tuple[list[Tensor], list[Tensor]]:

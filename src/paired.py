@@ -46,7 +46,7 @@ def gain_interval(gains: Float[np.ndarray, " n"], words: Int[np.ndarray, " n"], 
     if len(sums) < FEWEST:
         return -2.0, 2.0
     mean = float(gains.mean())
-    if gains.std() <= 1e-12 * abs(mean):
+    if np.ptp(sums - mean * counts) <= 1e-12 * float(np.abs(gains).max()):  # all words alike
         return mean, mean
 
     def mean_of_pairs(sums: np.ndarray, counts: np.ndarray, axis: int = -1) -> np.ndarray | np.float64:

@@ -52,7 +52,9 @@ def plan(config: DictConfig) -> Plan:
         with suppress(DamageError):
             stranger = _written_identity(own)
         if stranger and stranger[0] != config_hash(job):  # under a fixed hydra.sweep.dir
-            raise UserError(f"hydra.sweep.dir: {own} holds another job's results; choose another folder")
+            raise UserError(
+                f"hydra.sweep.dir: {own} holds the results of another job or version; choose another folder"
+            )
         done = whole_job(finished.get(identities[number], ()))
         jobs.append(entry(number, overrides[number], job, swept, done or own, reused=done is not None))
     return Plan(folder, given, swept, configs[0], jobs)

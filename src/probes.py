@@ -37,7 +37,7 @@ LARGEST_CHANGE = 1e6  # of a perplexity, relative; JSON can't hold an infinite o
 # for the other (Künsch; Hall, Horowitz & Jing 1995). 32, a sentence or more, is on the safe side: too long a block
 # costs a little precision, too short a one makes the interval too narrow.
 _BLOCK = 32
-_FEWEST_BLOCKS = 5
+FEWEST_TOKENS = 5 * _BLOCK  # of a text
 _RESAMPLES = 10_000
 
 
@@ -109,7 +109,7 @@ def perplexity_change(before: Sequence[float], after: Sequence[float], *, seed: 
     if not rises.any():
         return 0.0, 0.0, 0.0
     change = _relative(rises.mean())
-    if len(rises) < _FEWEST_BLOCKS * _BLOCK:
+    if len(rises) < FEWEST_TOKENS:
         return change, -1.0, LARGEST_CHANGE
     # A percentile interval of few blocks is too short: its spread lacks the factor k/(k − 1), and a normal's tails are
     # thinner than Student's t. Hesterberg's (2015, "What teachers should know about the bootstrap") wider quantiles

@@ -139,7 +139,7 @@ def repetition(folder: Path) -> Path:
 
 
 def claimed_split(results: Mapping[str, Any], split: str) -> str:
-    """Where the verdict reads a split: of control, at the words that aren't look-alikes where there are enough."""
+    """The prefix under which the verdict reads a split; `control_unalike` where enough words aren't look-alikes."""
     return str(results.get("claimed_on", split)) if split == "control" else split
 
 

@@ -1,6 +1,6 @@
-"""Did the true pairs gain more than other matchings of the same words: random ones, and those among near words?
+"""Did the true pairs gain more than random matchings of the same words?
 
-Both tests read G, the change of the n × n cosines, after its row and column means are taken away ("double-centred"):
+The test reads G, the change of the n × n cosines, after its row and column means are taken away ("double-centred"):
 what a word gains with every partner says nothing about its own.
 """
 
@@ -20,7 +20,6 @@ with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU m
     from jaxtyping import Float, Int
 
 FEWEST = 5  # pairs: their 24 matchings reach no p below 0.04
-NEAR = 5  # near words on each side of a pair
 LEFT_OUT = 0.05  # share of the words, those that gained most, that a claim must survive without
 CACHED = 200_000  # numbers drawn and added up at once: what a cache holds
 
@@ -36,18 +35,6 @@ class SpecificityResult:
     pvalue: float
     pvalue_less: float
     null: np.ndarray
-
-
-@dataclass(frozen=True)
-class NearResult:
-    """Mean gain of the true pairs less that of their near words, and the one-sided p-values.
-
-    `pvalue_left_out` is the p-value without the words that gained most.
-    """
-
-    gain: float
-    pvalue: float
-    pvalue_left_out: float
 
 
 @dataclass(frozen=True)
@@ -168,11 +155,12 @@ def left_out_pvalue(change: Change) -> float:
     """
     if not change.spread:
         return 1.0
-    kept = np.sort(np.argsort(change.pair_gains)[: -_left_out(len(change.gains))])
+    kept = np.sort(np.argsort(change.pair_gains)[: -left_out(len(change.gains))])
     return greater_than_zero(np.diag(double_centred(change.gains[np.ix_(kept, kept)])))
 
 
-def _left_out(n: int) -> int:
+def left_out(n: int) -> int:
+    """How many of n words a claim must survive without."""
     return math.ceil(LEFT_OUT * n)
 
 
@@ -185,98 +173,6 @@ def greater_than_zero(values: Float[np.ndarray, " n"]) -> float:
     if deviation <= 1e-12 * max(abs(mean), 1e-300):
         return 0.5**n if mean > 0 else 1.0
     return max(float(stats.t.sf(mean / deviation * np.sqrt(n), n - 1)), sys.float_info.min)
-
-
-# --- matchings among near words -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Near:
-    """The near words of each pair of one kind: sources to put in the place of its source, targets in its target's."""
-
-    sources: Int[np.ndarray, "n k"]
-    targets: Int[np.ndarray, "n k"]
-
-
-def neighbours(source: Float[np.ndarray, "n d"], target: Float[np.ndarray, "n d"]) -> Near:
-    """Each word's nearest in its own language, by cosine of unit vectors."""
-    return Near(*(_nearest(-vectors @ vectors.T) for vectors in (source, target)))
-
-
-def alike_in_form(
-    similarity: Float[np.ndarray, "n n"], source_lengths: Int[np.ndarray, " n"], target_lengths: Int[np.ndarray, " n"]
-) -> Near:
-    """The words most like a pair's own in length, and in spelling similarity to the pair's other word.
-
-    `similarity[i, j]` is that of source i and target j; lengths are in characters.
-    """
-    own = np.diag(similarity)
-    unit = max(float(similarity.std()), 1e-12)
-
-    def apart(lengths: np.ndarray, unlike: np.ndarray) -> np.ndarray:
-        return (np.subtract.outer(lengths, lengths) / max(float(lengths.std()), 1e-12)) ** 2 + (unlike / unit) ** 2
-
-    unlike = similarity - own[:, None]
-    return Near(_nearest(apart(source_lengths, similarity.T - own[:, None])), _nearest(apart(target_lengths, unlike)))
-
-
-def _nearest(distances: Float[np.ndarray, "n n"]) -> Int[np.ndarray, "n k"]:
-    """The NEAR others at the smallest distances of each row; all others where there are fewer."""
-    n = len(distances)
-    distances = distances.copy()
-    np.fill_diagonal(distances, np.inf)
-    k = min(NEAR, n - 1)
-    return np.argpartition(distances, max(k - 1, 0), axis=1)[:, :k]
-
-
-def without_form(change: Change, form: Sequence[Float[np.ndarray, "n n"]]) -> Change:
-    """The change less what the words' forms explain of it: least squares on the mismatches, applied to all cells.
-
-    Each matrix of `form` says how alike source i and target j are in one way, as in spelling or in length. What
-    letters do to wrong pairs they do to true ones, so a gain that comes from them alone leaves nothing.
-    """
-    n = len(change.gains)
-    if not change.spread or n < FEWEST:
-        return change
-    kinds = [double_centred(each) for each in form]
-    wrong = ~np.eye(n, dtype=bool)
-    weights = np.linalg.lstsq(np.stack([kind[wrong] for kind in kinds], axis=1), change.gains[wrong], rcond=None)[0]
-    return Change(change.gains - sum(weight * kind for weight, kind in zip(weights, kinds, strict=True)), change.spread)
-
-
-def near_test(changes: Sequence[Change], kinds: Sequence[Near]) -> NearResult:
-    """Tests whether the true pairs gained more than matchings among near words, for each kind of near words.
-
-    A pair's score is the share of its near words, put in the place of one of its two words, that gained less. Were
-    only what near words have in common to move, the score would be ½ on average. Shares are compared, not gains, so
-    that no few words decide; Student's t over the pairs. Of the changes (raw and scaled) and kinds the largest p-value
-    counts, and the smallest mean gain of the first change.
-    """
-    n = len(changes[0].gains)
-    if n < FEWEST or not kinds or not all(change.spread for change in changes):
-        return NearResult(0.0, 1.0, 1.0)
-    whole, left = [], []
-    for change in changes:
-        kept = np.argsort(change.pair_gains)[: -_left_out(n)]
-        for kind in kinds:
-            scores = _scores(change.gains, kind) - 0.5
-            whole.append(greater_than_zero(scores))
-            left.append(greater_than_zero(scores[kept]))
-    gains = changes[0].gains
-    beyond = [float(np.mean(np.diag(gains) - np.mean(_in_place(gains, kind), axis=1))) for kind in kinds]
-    return NearResult(min(beyond), max(whole), max(left))
-
-
-def _scores(gains: Float[np.ndarray, "n n"], kind: Near) -> Float[np.ndarray, " n"]:
-    own, others = np.diag(gains)[:, None], _in_place(gains, kind)
-    return ((own > others) + 0.5 * (own == others)).mean(axis=1)
-
-
-def _in_place(gains: Float[np.ndarray, "n n"], kind: Near) -> Float[np.ndarray, "n near"]:
-    """Gains of each pair's source with near targets, and of its target with near sources."""
-    return np.hstack(
-        [np.take_along_axis(gains, kind.targets, axis=1), np.take_along_axis(gains.T, kind.sources, axis=1)]
-    )
 
 
 # --- small parts --------------------------------------------------------------------------------------------

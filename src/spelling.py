@@ -11,11 +11,9 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from rapidfuzz import process
-from rapidfuzz.distance import Indel, LCSseq
 from torch import Tensor
 
-from src.pairs import without_marks
+from src.pairs import without_marks, word_key
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
     from jaxtyping import Float
@@ -35,6 +33,8 @@ def similarity(source: str, target: str) -> float:
     Twice the length of the longest common subsequence over the sum of the lengths (rapidfuzz's normalised Indel
     similarity), without case and marks.
     """
+    from rapidfuzz.distance import LCSseq
+
     a, b = without_marks(source), without_marks(target)
     # Not by Indel.normalized_similarity: it subtracts from 1, and 1 − 0.8 in float64 is less than the stratum's 0.2.
     return 2 * LCSseq.similarity(a, b) / (len(a) + len(b)) if a and b else 0.0
@@ -42,6 +42,9 @@ def similarity(source: str, target: str) -> float:
 
 def similarities(sources: Sequence[str], targets: Sequence[str]) -> Float[np.ndarray, "n m"]:
     """`similarity` of every source with every target, in float32; it holds 4·n·m bytes."""
+    from rapidfuzz import process
+    from rapidfuzz.distance import Indel
+
     a, b = ([without_marks(word) for word in words] for words in (sources, targets))
     table = process.cdist(a, b, scorer=Indel.normalized_similarity, dtype=np.float32)
     # rapidfuzz calls two empty words the same, but they share no letter
@@ -52,25 +55,26 @@ def similarities(sources: Sequence[str], targets: Sequence[str]) -> Float[np.nda
 def word_similarity(pairs: Sequence[tuple[str, str]]) -> Float[np.ndarray, " n"]:
     """For each (source, target): the largest `similarity` of the source with any target it has among these pairs.
 
-    All pairs of one source word, spelt exactly the same, have the same value: one translation that looks like the
-    word is enough to find it by.
+    All pairs of one source word, whatever its case, have the same value: one translation that looks like the word is
+    enough to find it by.
     """
     largest: dict[str, float] = defaultdict(float)
     for source, target in pairs:
-        largest[source] = max(largest[source], similarity(source, target))
-    return np.array([largest[source] for source, _ in pairs], dtype=np.float64)
+        word = word_key(source)
+        largest[word] = max(largest[word], similarity(source, target))
+    return np.array([largest[word_key(source)] for source, _ in pairs], dtype=np.float64)
 
 
 def spelling_vectors(
     sources: Sequence[str],
     targets: Sequence[str],
     fitted_on: tuple[Sequence[str], Sequence[str]] | None = None,
-) -> tuple[Float[Tensor, "n f"], Float[Tensor, "n f"]] | None:
-    """Unit vectors (float32) of n pairs that know their spelling and no language: tf-idf of character n-grams.
+) -> tuple[Float[Tensor, "n f"], Float[Tensor, "m f"]] | None:
+    """Unit vectors (float32) of words that know their spelling and no language: tf-idf of character n-grams.
 
     What is retrieved with them is the spelling baseline. The n-grams and their weights come from the words of both
-    languages in `fitted_on`, or else from the pairs themselves. A word without letters has the zero vector.
-    None where there are more than MOST_WORDS pairs, or no word to fit on has a letter.
+    languages in `fitted_on`, or else from the words themselves. A word without letters has the zero vector.
+    None where there are more than MOST_WORDS sources, or no word to fit on has a letter.
     """
     if len(sources) > MOST_WORDS:
         return None

@@ -26,7 +26,13 @@ from src.measures import bytes_held, measure, pair_cosines, retrieval_ranks
 from src.memory import halved
 from src.models import LoadedModel, unpacked
 from src.pairs import Lexicon, Pair, Split, relevant
-from src.probes import perplexity_change, perplexity_of, token_log_probabilities, translation_accuracy
+from src.probes import (
+    FEWEST_TOKENS,
+    perplexity_change,
+    perplexity_of,
+    token_log_probabilities,
+    translation_accuracy,
+)
 from src.results import RESULTS_VERSION
 from src.tracking import public_uri
 from src.training import Objective, Schedule, train
@@ -266,6 +272,11 @@ def _probe(study: Study, model: nn.Module, when: Literal["before", "after"], pro
     }
     scalars: dict[str, float] = {}
     for language, tokens in texts.items():
+        if len(tokens) < FEWEST_TOKENS:
+            raise UserError(
+                f"eval.text.{language}: has {len(tokens)} tokens to score, too few to tell what training costs; "
+                f"give at least {FEWEST_TOKENS}"
+            )
         scalars |= {f"lm/perplexity_{language}_{when}": perplexity_of(tokens)}
         if when == "before":
             scalars[f"lm/tokens_{language}"] = len(tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from scipy import stats
 
 from src.specificity import FEWEST, LEFT_OUT
 
-WORSE = 0.2  # a fall of P@1 below this p withholds a claim: guarding a claim takes less evidence than making one
+WORSE = 0.2  # a fall in P@1 with a McNemar p below this blocks a claim: blocking takes less evidence than claiming
 ENOUGH = 30  # words that aren't look-alikes, for a claim about translation rather than spelling
 
 
@@ -21,9 +21,9 @@ class SplitEvidence:
     """What one split shows at one layer; gains are after less before, P@1 by CSLS, p-values uncorrected.
 
     P@1, `words_won` and `words_lost` count source words. The `specificity_` fields are of the raw cosines. The
-    `scaled_` ones are of cosines in units of the spread of their words' mismatches: a change that merely spreads or
-    squeezes all cosines has none. The verdict wants both to agree: `specificity_harm_pvalue`, `near_pvalue` and the
-    `left_out_` ones (without the 5 % that gained most) are already the larger of the two.
+    `scaled_` ones are of cosines in units of the spread of their words' mismatches: a change that only spreads or
+    squeezes all cosines has no scaled gain. The verdict wants both to agree: `specificity_harm_pvalue`, `near_pvalue`
+    and the `left_out_` ones (without the 5 % that gained most) are already the larger of the two.
     """
 
     n_pairs: int | float
@@ -84,7 +84,7 @@ def judge(
     *,
     perplexity_increase: float | None,
     max_perplexity_increase: float,
-    perplexity_interval: tuple[float, float] | None = None,
+    perplexities: Mapping[str, tuple[float, float, float]] | None = None,
     unalike: SplitEvidence | None = None,
     alpha: float = 0.05,
 ) -> Verdict:
@@ -99,8 +99,9 @@ def judge(
     Claims rest on `unalike`, the control words that aren't look-alikes of their translations, where ENOUGH are left;
     None where no spelling is known. "Not worse" means that the margin rose, and that P@1 rose, or fell by no more than
     chance explains (McNemar p of at least 0.2). The t-test, uncorrected, can earn no more than `inflated`.
-    Perplexity increases are relative (0.1 = 10 %), the worst of the languages; one that isn't finite is harm. With the
-    `perplexity_interval` (95 %) it is harm where the lower bound passes what is allowed.
+    Perplexity increases are relative (0.1 = 10 %). `perplexities` has each language's, with its 95 % interval: harm is
+    a lower bound above what is allowed, by chance alone in 2.5 % of runs a language at the most. Without them the
+    worst increase itself, `perplexity_increase`, decides. One that isn't finite is harm.
     """
     claimed = claimed_of(control, unalike)
     p = _adjusted(
@@ -115,10 +116,11 @@ def judge(
         }
     )
     p["train/excess_pvalue"] = max(p["train/specificity_pvalue"], min(1.0, 2 * excess_pvalue(train, control)))
-    if harm := _harm(control, p, alpha, perplexity_increase, perplexity_interval, max_perplexity_increase):
+    lost = _perplexity_harm(perplexity_increase, perplexities or {}, max_perplexity_increase)
+    if harm := lost or _harm(control, p, alpha):
         return Verdict("harmed", harm, p)
     label, reason = _gain(train, control, claimed, unalike, p, alpha)
-    return Verdict(label, reason + _open_question(perplexity_interval, max_perplexity_increase), p)
+    return Verdict(label, reason + _open_question(perplexities or {}, max_perplexity_increase), p)
 
 
 def claimed_of(control: SplitEvidence, unalike: SplitEvidence | None) -> SplitEvidence:
@@ -165,18 +167,22 @@ def _adjusted(family: dict[str, float]) -> dict[str, float]:
     return dict(zip(family, holm(list(family.values())), strict=True))
 
 
-def _harm(
-    control: SplitEvidence,
-    p: dict[str, float],
-    alpha: float,
-    increase: float | None,
-    interval: tuple[float, float] | None,
-    allowed: float,
+def _perplexity_harm(
+    increase: float | None, perplexities: Mapping[str, tuple[float, float, float]], allowed: float
 ) -> str:
-    """What harm was done, in a sentence; empty where none is shown."""
-    if increase is not None and (not math.isfinite(increase) or not (interval or [increase])[0] <= allowed):
-        shown = f"{increase:+.0%}" + (f" [{interval[0]:+.0%}, {interval[1]:+.0%}]" if interval else "")
-        return f"Perplexity changed by {shown}; {allowed:+.0%} is allowed."
+    """What the language model lost, in a sentence; empty where no harm is shown."""
+    if increase is not None and (not math.isfinite(increase) or (not perplexities and increase > allowed)):
+        return f"Perplexity changed by {increase:+.0%}; {allowed:+.0%} is allowed."
+    if not perplexities:
+        return ""
+    language, (change, low, high) = max(perplexities.items(), key=lambda item: item[1][1])
+    if low <= allowed:
+        return ""
+    return f"Perplexity in {language} changed by {change:+.0%} [{low:+.0%}, {high:+.0%}]; {allowed:+.0%} is allowed."
+
+
+def _harm(control: SplitEvidence, p: dict[str, float], alpha: float) -> str:
+    """What harm was done to unseen words, in a sentence; empty where none is shown."""
     lost = control.csls_p_at_1_after < control.csls_p_at_1_before
     if lost and (pvalue := p["control/mcnemar_pvalue"]) < alpha:
         return f"Retrieval of unseen words fell ({_retrieval(control)}, p = {pvalue:.2g} after Holm)."
@@ -203,8 +209,8 @@ def _gain(
         p[f"{name}/specificity_pvalue"] < alpha and split.specificity_gain > 0
         for name, split in (("control", claimed), ("train", train))
     )
+    who = "Unseen pairs" if claimed is control else "Unseen pairs that aren't look-alikes"
     if specific:
-        who = "Unseen pairs" if claimed is control else "Unseen pairs that aren't look-alikes"
         gain = f"{who} drew together beyond random matchings ({unseen})"
         if min(control.margin_gain, claimed.margin_gain) <= 0:
             return "none", f"{gain}, but with the pairs that share words the margin did not rise."
@@ -215,19 +221,22 @@ def _gain(
             return "drawn together", f"{gain}, {doubt}. Retrieval is no worse ({_retrieval(claimed)})."
         near = f"near words (p = {claimed.near_pvalue:.2g})"
         return "aligned", f"{gain} and beyond {near}, and retrieval is no worse ({_retrieval(claimed)})."
+    if control.specificity_gain > 0 and (whole := _specificity_pvalue(control)) < alpha and claimed is not control:
+        gain = f"{who} gained no more than random matchings explain ({unseen})"
+        return "none", f"{gain}; with the look-alikes unseen pairs did (p = {whole:.2g}), so spelling may explain it."
     if learnt:
         gain = f"Trained pairs drew together beyond random matchings ({seen})"
         more = f"p = {p['train/excess_pvalue']:.2g} after Holm"
         if p["train/excess_pvalue"] < alpha:
             return "memorised", f"{gain} and more than unseen ones ({more}), which show no such gain ({unseen})."
         return "none", (
-            f"{gain}; unseen pairs show no such gain ({unseen}), but nor is it shown that they gained less ({more})."
+            f"{gain}. {who} show no such gain ({unseen}), but it isn't shown either that they gained less ({more})."
         )
-    for name, split, specificity in (("unseen", control, unseen), ("trained", train, seen)):
-        if split.pair_cosine_gain > 0 and split.t_pvalue < alpha:
-            gain = f"The cosine of {name} pairs rose by {split.pair_cosine_gain:.3g} (t-test p = {split.t_pvalue:.2g})"
-            return "inflated", f"{gain}, but no more than random matchings explain ({specificity})."
-    return "none", f"Unseen pairs gained no more than random matchings explain ({unseen})."
+    for name, split, specificity in ((who, claimed, unseen), ("Trained pairs", train, seen)):
+        if split.pair_cosine_gain > 0 and split.cohens_dz >= 0 and split.t_pvalue < alpha:
+            gain = f"{name} have a cosine higher by {split.pair_cosine_gain:.3g} (t-test p = {split.t_pvalue:.2g})"
+            return "inflated", f"{gain}, but gained no more than random matchings explain ({specificity})."
+    return "none", f"{who} gained no more than random matchings explain ({unseen})."
 
 
 def _doubt(claimed: SplitEvidence, unalike: SplitEvidence | None, alpha: float) -> str:
@@ -236,8 +245,8 @@ def _doubt(claimed: SplitEvidence, unalike: SplitEvidence | None, alpha: float) 
         near = f"near words, p = {claimed.near_pvalue:.2g}"
         return f"but not beyond {near}: topic, length, spelling or hubs may explain it"
     if unalike is not None and unalike.n_words < ENOUGH:
-        left = f"only {unalike.n_words:.0f} unseen words aren't look-alikes of their translation, {ENOUGH} are needed"
-        return f"but whether by translation or by spelling can't be told: {left}"
+        left = f"only {unalike.n_words:.0f} unseen words aren't look-alikes"
+        return f"but {left}; {ENOUGH} are needed to tell translation from spelling"
     for name in ("left_out_specificity_pvalue", "left_out_near_pvalue"):
         if (pvalue := getattr(claimed, name)) >= alpha:
             gained = f"{claimed.share_gained:.0%} of them gained"
@@ -245,11 +254,15 @@ def _doubt(claimed: SplitEvidence, unalike: SplitEvidence | None, alpha: float) 
     return ""
 
 
-def _open_question(interval: tuple[float, float] | None, allowed: float) -> str:
-    if interval and interval[0] <= allowed < interval[1]:
-        shown = f"[{interval[0]:+.0%}, {interval[1]:+.0%}]"
-        return f" Whether perplexity rose by more than the {allowed:+.0%} allowed, can't be told: {shown}."
-    return ""
+def _open_question(perplexities: Mapping[str, tuple[float, float, float]], allowed: float) -> str:
+    unsure = {language: found for language, found in perplexities.items() if found[1] <= allowed < found[2]}
+    if not unsure:
+        return ""
+    language, (_, low, high) = max(unsure.items(), key=lambda item: item[1][2])
+    return (
+        f" It can't be told whether perplexity in {language} rose by more than the {allowed:.0%} allowed "
+        f"(95 % interval {low:+.0%} to {high:+.0%})."
+    )
 
 
 def _retrieval(split: SplitEvidence) -> str:

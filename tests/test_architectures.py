@@ -123,7 +123,7 @@ REFUSED = {
     **dict.fromkeys(["cpmant", "prophetnet"], "hidden states of shape"),  # more rows than tokens
     **dict.fromkeys(["deepseek_v4", "gemma3n_text", "hy_v4", "qwen4_exp", "qwen4_exp_text"], "hidden states of shape"),
     **dict.fromkeys(["reformer", "xlnet"], "hidden states of shape"),  # two streams side by side; length before batch
-    "xlm": "no blocks of which each is given",  # attention, norms and products are lists of their own
+    "xlm": "blocks that don't pass their outputs on",  # attention, norms and products are lists of their own
     **dict.fromkeys(["hrm_text", "longcat_flash"], "no decoder with a list of"),  # blocks run again; two layers in one
 }
 """What loading says of those whose layers can't be read."""

@@ -92,7 +92,7 @@ def test_warnings_say_what_is_counted_and_out_of_how_many() -> None:
     control = pairs("amorçage = baits", "marée haute = flood", "marée haute = high", "fini = finished", "taxi = taxi")
     assert warnings(find_leakage(train, control)) == [
         "1 of 4 control source words (25.0%) are spelt like one of their translations: taxi",
-        "2 of 5 control pairs (40.0%) hold a trained word in a longer entry: marée haute – marée",
+        "2 of 5 control pairs (40.0%) contain a trained word within a longer entry: marée haute – marée",
         "1 of 4 control source words (25.0%) share their first letters with a trained word (inflections?): "
         "amorçage – amorcer",
         "1 of 5 control target words (20.0%) share their first letters with a trained word (inflections?): "

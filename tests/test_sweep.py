@@ -398,7 +398,7 @@ def test_jobs_are_done_again_where_their_pairs_changed_or_force_asks(cli: Cli, t
     assert first.keys() == second.keys() == third.keys() and len(first) == 1
     assert all(first[file] < second[file] < third[file] for file in first)
     status, _, err = cli(*arguments, "lora.alpha=8")
-    assert status == 2 and "holds another job's results" in err
+    assert status == 2 and "holds the results of another job or version" in err
 
 
 def test_seeds_are_averaged_with_student_s_interval() -> None:
