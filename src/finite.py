@@ -63,6 +63,10 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 continue
             if "lora_" not in name:
                 yield name, numbers
+    for name, module in model.named_modules():  # 8-bit scales leave their weight for this state at the first forward
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+        if isinstance(scales, Tensor) and scales.numel():
+            yield f"{name}.weight", scales
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -166,7 +166,7 @@ def check_decoder(model: PreTrainedModel, config: ModelConfig) -> None:
         )
     if _looks_ahead(before, after, exact=not getattr(model, "is_quantized", False)):
         advice = "give a causal decoder, or set is_decoder=true in its config.json if it was trained as one"
-        raise UserError(f"{name} looks ahead: a later token changes the vectors of earlier ones: {advice}")
+        raise UserError(f"{name} looks ahead (a later token changes the vectors of earlier ones): {advice}")
 
 
 def _all_states(model: PreTrainedModel, prompts: Sequence[Prompt]) -> tuple[list[Tensor], list[Tensor]]:

@@ -192,7 +192,7 @@ def bert(**values: Any) -> BertLMHeadModel:
 class TestDecoders:
     @pytest.mark.filterwarnings("ignore:If you want to use `BertLMHeadModel`")
     def test_a_model_that_looks_ahead_is_refused(self, tiny, tmp_path):
-        message = r"^model.id=.*: BertLMHeadModel looks ahead, .* set is_decoder=true"
+        message = r"^model.id=.*: BertLMHeadModel looks ahead .*: give .* set is_decoder=true"
         with pytest.raises(UserError, match=message) as refused:
             load_model(saved(bert(is_decoder=False), tiny, tmp_path), quant_config())
         assert "\n" not in str(refused.value)
