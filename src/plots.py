@@ -14,7 +14,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from src.files import written_atomically
@@ -209,7 +208,9 @@ def retrieval(table: Layers, pairs: Sequence[Mapping[str, Any]], title: str) -> 
             panel.axhline(100 * chance, color=INK, linewidth=1, linestyle=":")
             labels.append(("chance", 100 * chance, INK))
         if trained and (best := _best_untouched(table, measure)):
-            _mark_untouched(panel, *best)
+            layer, score = best  # what a layer of the untouched model reaches without any training
+            panel.axhline(100 * score, color=INK, linewidth=1, linestyle="--")
+            labels.append((f"layer {layer} before", 100 * score, INK))
         panel.yaxis.set_major_formatter(PERCENT)
         end_labels(panel, labels)
         layer_axis(panel, table.names)
@@ -236,16 +237,6 @@ def _best_untouched(table: Layers, measure: str) -> tuple[str, float] | None:
         return None
     best = int(np.nanargmax(train))
     return table.names[best], float(control[best])
-
-
-def _mark_untouched(panel: Axes, layer: str, score: float) -> None:
-    """A thin line across a panel of retrieval: what a layer of the untouched model reaches without any training."""
-    panel.axhline(100 * score, color=INK, linewidth=1, linestyle="--")
-    halo = [withStroke(linewidth=3, foreground="white")]
-    panel.annotate(
-        f"best untouched layer ({layer})", (0.02, 100 * score), (0, 2), xycoords=("axes fraction", "data"),
-        textcoords="offset points", va="bottom", fontsize=8, path_effects=halo,
-    )  # fmt: skip
 
 
 def _retrieval_headline(

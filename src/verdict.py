@@ -249,8 +249,8 @@ def _doubt(claimed: SplitEvidence, unalike: SplitEvidence | None, alpha: float) 
         return f"but {left}; {ENOUGH} are needed to tell translation from spelling"
     for name in ("left_out_specificity_pvalue", "left_out_near_pvalue"):
         if (pvalue := getattr(claimed, name)) >= alpha:
-            gained = f"{claimed.share_gained:.0%} of them gained"
-            return f"but a few words carry it: without the {LEFT_OUT:.0%} that gained most, p = {pvalue:.2g} ({gained})"
+            shown = f"p = {pvalue:.2g}; {claimed.share_gained:.0%} of all gained"
+            return f"but not without the {LEFT_OUT:.0%} of them that gained most ({shown}): a few words may carry it"
     return ""
 
 

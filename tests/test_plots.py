@@ -164,13 +164,13 @@ def test_retrieval_stands_beside_the_best_untouched_layer_as_chosen_on_the_train
     found = figures(case)["retrieval.png"]
     assert found is not None
     panel = found.axes[0]
-    assert "best untouched layer (11)" in [text.get_text() for text in panel.texts]
+    assert "layer 11 before" in [text.get_text() for text in panel.texts]
     dashed = [line for line in panel.lines if line.get_linestyle() == "--"]
     assert [list(map(float, line.get_ydata())) for line in dashed] == [[30.0, 30.0]]  # pyright: ignore
     case["layers"] = [row for row in case["layers"] if (row["stage"], row["split"]) != ("before", "train")]
     found = figures(case)["retrieval.png"]
     assert found is not None
-    assert not [text for text in found.axes[0].texts if "untouched" in text.get_text()]
+    assert not [text for text in found.axes[0].texts if "layer" in text.get_text()]
 
 
 def test_coinciding_cosines_both_show_and_their_gap_is_readable() -> None:
