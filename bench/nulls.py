@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from src.spelling import LOOK_ALIKE, similarity
+
 WIDTH = 64  # of the concept, and of the own part
 CONCEPT = 0.4  # share of a word's squared length that it has in common with its translation
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -176,18 +178,27 @@ def spelt(split: Split, alike: float) -> Split:
 
 
 def words(rng: np.random.Generator, n: int, alike: float = 0.0) -> list[tuple[str, str]]:
-    """Spellings: `alike` of the pairs differ in a few letters, a third of the others begin alike by chance."""
-    pairs = []
-    for _ in range(n):
-        source, target = ("".join(rng.choice(LETTERS, rng.integers(4, 11))) for _ in range(2))
-        draw = rng.random()
-        if draw < alike:
-            kept = rng.random(len(source)) < 0.85
-            target = "".join(np.where(kept, list(source), rng.choice(LETTERS, len(source))))
-        elif draw < alike + (1 - alike) / 3:
-            target = source[:2] + target[2:]
-        pairs.append((source, target))
-    return pairs
+    """Spellings: `alike` of the pairs differ in a letter or two, a third of the others begin alike by chance."""
+    return [_spelt_alike(rng) if rng.random() < alike else _spelt_otherwise(rng) for _ in range(n)]
+
+
+def _spelt_alike(rng: np.random.Generator) -> tuple[str, str]:
+    source, letters = _word(rng), rng.choice(LETTERS, 10)
+    changed = set(rng.integers(len(source), size=1 + len(source) // 7).tolist())
+    return source, "".join(letters[i] if i in changed else letter for i, letter in enumerate(source))
+
+
+def _spelt_otherwise(rng: np.random.Generator) -> tuple[str, str]:
+    begins_alike = rng.random() < 1 / 3
+    while True:  # chance makes look-alikes of a few short words
+        source, target = _word(rng), _word(rng)
+        target = source[:2] + target[2:] if begins_alike else target
+        if similarity(source, target) < LOOK_ALIKE:
+            return source, target
+
+
+def _word(rng: np.random.Generator) -> str:
+    return "".join(rng.choice(LETTERS, rng.integers(4, 11)))
 
 
 def _letter_pairs(spellings: list[str]) -> np.ndarray:
