@@ -69,7 +69,8 @@ def conclude(
         perplexities=perplexities,
         unalike=unalike,
     )
-    found["claimed_on"] = "control_unalike" if claimed_of(evidence["control"], unalike) is unalike else "control"
+    claimed = claimed_of(evidence["control"], unalike)
+    found["claimed_on"] = "control" if claimed is evidence["control"] else "control_unalike"
     for split, values in evidence.items():
         found |= {f"{split}/{name}": value for name, value in asdict(values).items()}
     for name, values in parts.items():
