@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -52,13 +52,11 @@ def conclude(
     for split in SPLITS:
         evidence[split], specificity[split] = _evidence(study, before, after, split, best_index)
     alike = likeness >= LOOK_ALIKE
-    parts = {"unalike": evidence["control"]} if not alike.any() else {}
-    if alike.any():
-        parts = {
-            name: _evidence(study, before, after, "control", best_index, among)[0]
-            for name, among in (("lookalike", alike), ("unalike", ~alike))
-            if among.any()
-        }
+    parts = {
+        name: evidence["control"] if among.all() else _evidence(study, before, after, "control", best_index, among)[0]
+        for name, among in (("lookalike", alike), ("unalike", ~alike))
+        if among.any()
+    }
     unalike = parts.get("unalike") or _nothing_left(evidence["control"])
     perplexities = _perplexities(probes)
     verdict = judge(
@@ -103,7 +101,7 @@ def _evidence(
 
 def _nothing_left(control: SplitEvidence) -> SplitEvidence:
     """The evidence where every control word is a look-alike: control's, with no words."""
-    return type(control)(**(asdict(control) | {"n_words": 0, "n_pairs": 0}))
+    return replace(control, n_words=0, n_pairs=0)
 
 
 def _spellings(study: Study, split: SplitName) -> list[tuple[str, str]]:

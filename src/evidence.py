@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from src.measures import csls_ranks, measure, pair_cosines, source_words
-from src.near import NearResult, near_test
+from src.near import NOTHING, near_test
 from src.paired import gain_interval, mcnemar, paired_tests
 from src.specificity import (
     Change,
@@ -55,10 +55,9 @@ def gather_evidence(
     specificity tests use pairs no two of which share a word or are listed translations of each other (moving one word
     moves all its pairs, which random matchings would tear apart), at most 2,000 of them, sampled by `seed`.
 
-    Near words are neighbours at this layer, in the untouched and in the trained model; in the untouched model at
-    `best_layer` (its source and target vectors); and, given the pairs' `spellings`, words alike in length and spelling.
-    `among` says which pairs to report on; retrieval still chooses among all targets, so it must hold all pairs of a
-    word or none. Raises ValueError for no pairs or a vector that isn't finite.
+    `near.near_test` says which words are near. It also takes the untouched model's source and target vectors at its
+    `best_layer`, and the pairs' `spellings`. `among` says which pairs to report on. Retrieval still chooses among all
+    targets, so it must hold all pairs of a word or none. Raises ValueError for no pairs or a vector that isn't finite.
     """
     split = _Split(source_before, target_before, source_after, target_after, relevant, best_layer, spellings)
     hits = [
@@ -70,8 +69,8 @@ def gather_evidence(
     rng = np.random.default_rng(seed)
     tested = chosen[_unshared(_restricted(relevant.cpu().numpy(), chosen))]
     tested = np.sort(rng.permutation(tested)[:MOST])
-    raw, near, fields = _specificity(split, tested, permutations, seed)
-    return SplitEvidence(**_paired(split, chosen, words, hits, seed), **near, **fields), raw
+    raw, fields = _specificity(split, tested, permutations, seed)
+    return SplitEvidence(**_paired(split, chosen, words, hits, seed), **fields), raw
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,8 @@ def _paired(
 
 def _specificity(
     split: _Split, tested: Int[np.ndarray, " m"], permutations: int, seed: int
-) -> tuple[SpecificityResult, dict[str, float], dict[str, float]]:
-    """The raw specificity test, what the near words say, and what random matchings do, of pairs that share no word."""
+) -> tuple[SpecificityResult, dict[str, float]]:
+    """The raw specificity test, and what random matchings and near words say, of pairs that share no word."""
     rows = torch.from_numpy(tested).to(split.relevant.device)
     a, b, c, d = (
         vectors[rows].double().cpu().numpy()
@@ -143,24 +142,23 @@ def _specificity(
     before, after = a @ b.T, c @ d.T
     changes = [change(before, after), change(scaled(before), scaled(after))]
     raw, in_spread = specificity_tests(changes, permutations, seed)
-    near = near_test(
-        _arrays(split.source_before, split.target_before),
-        _arrays(split.source_after, split.target_after),
-        split.relevant.cpu().numpy(),
-        tested,
-        best_layer=split.best_layer and _arrays(*split.best_layer),
-        spellings=split.spellings,
-        seed=seed,
-    )
-    if not all(each.spread for each in changes):  # nothing moved by more than rounding
-        near = NearResult(0.0, 1.0, 1.0)
+    moved = all(each.spread for each in changes)  # by more than rounding
+    near = NOTHING
+    if moved:
+        near = near_test(
+            _arrays(split.source_before, split.target_before),
+            _arrays(split.source_after, split.target_after),
+            split.relevant.cpu().numpy(),
+            tested,
+            best_layer=split.best_layer and _arrays(*split.best_layer),
+            spellings=split.spellings,
+            seed=seed,
+        )
     gains = changes[0].pair_gains
-    of_near = {
+    return raw, {
         "near_gain": near.gain,
         "near_pvalue": near.pvalue,
         "left_out_near_pvalue": near.pvalue_left_out,
-    }
-    fields = {
         "specificity_gain": raw.gain,
         "specificity_pvalue": raw.pvalue,
         "specificity_harm_pvalue": max(raw.pvalue_less, in_spread.pvalue_less),
@@ -172,7 +170,6 @@ def _specificity(
         "specificity_sd": _deviation(changes[0]),
         "scaled_specificity_sd": _deviation(changes[1]),
     }
-    return raw, of_near, fields
 
 
 def _arrays(source: Tensor, target: Tensor) -> tuple[np.ndarray, np.ndarray]:

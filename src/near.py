@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.specificity import FEWEST, greater_than_zero, left_out
+from src.specificity import FEWEST, double_centred, greater_than_zero, left_out, scaled
 from src.spelling import similarities, spelling_vectors
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
@@ -111,17 +111,17 @@ class _Side:
         chosen = _candidates([*untouched, after[place]], tested)
         allowed = _no_translations(relevant, tested, chosen, place)
         old, new = (_cosines(sides[1 - place], tested, sides[place], chosen) for sides in (before, after))
-        gains = [new - old, _scaled(new, allowed) - _scaled(old, allowed)]
+        gains = [new - old, scaled(new, allowed) - scaled(old, allowed)]
         near = [_nearest(-_cosines(kind, tested, kind, chosen), allowed) for kind in untouched]
         own = [_cosines(sides[place], tested, sides[place], chosen) for sides in (before, after)]
-        near.append(_nearest(-_double_centred(own[1] - own[0]), allowed, most=1))
+        near.append(_nearest(-double_centred(own[1] - own[0]), allowed, most=1))
         form: list[np.ndarray] = []
         if spellings:
             words, others = [spellings[row][1 - place] for row in tested], [spellings[row][place] for row in chosen]
             form = _form(words, others)
             near.append(_nearest(_unlike(form[0], np.array([len(word) for word in others])), allowed))
-        raw, scaled = (_without_form(_double_centred(gain), form, allowed) for gain in gains)
-        return cls((raw, scaled), near, allowed)
+        raw, in_spread = (_without_form(double_centred(gain), form, allowed) for gain in gains)
+        return cls((raw, in_spread), near, allowed)
 
     def compared(self, form: int, kind: int) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
         """(share of a pair's near words that gained less, its gain beyond their mean)."""
@@ -181,20 +181,6 @@ def _no_translations(
     return allowed
 
 
-def _double_centred(block: Float[np.ndarray, "t m"]) -> Float[np.ndarray, "t m"]:
-    return block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
-
-
-def _scaled(cosines: Float[np.ndarray, "t m"], allowed: Bool[np.ndarray, "t m"]) -> Float[np.ndarray, "t m"]:
-    """As `specificity.scaled`: in units of the spread of each row's and column's mismatches."""
-    centred = _double_centred(cosines)
-    squares = np.where(allowed, centred**2, 0)
-    rows = np.sqrt(squares.sum(1) / np.maximum(1, allowed.sum(1)))
-    columns = np.sqrt(squares.sum(0) / np.maximum(1, allowed.sum(0)))
-    unit = np.outer(rows, columns) / max(np.sqrt(squares.sum() / max(1, allowed.sum())), 1e-12)
-    return np.divide(centred, unit, out=np.zeros_like(centred), where=unit > 1e-12)
-
-
 def _nearest(
     distances: Float[np.ndarray, "t m"], allowed: Bool[np.ndarray, "t m"], most: int = NEAR
 ) -> Int[np.ndarray, "t k"]:
@@ -232,7 +218,7 @@ def _without_form(
     """
     if not form:
         return gains
-    kinds = [_double_centred(each) for each in form]
+    kinds = [double_centred(each) for each in form]
     known = np.stack([kind[allowed] for kind in kinds], axis=1)
     weights = np.linalg.lstsq(known.T @ known, known.T @ gains[allowed], rcond=None)[0]
     return gains - sum(weight * kind for weight, kind in zip(weights, kinds, strict=True))

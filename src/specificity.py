@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor, finfo, float64
 
 with suppress(ModuleNotFoundError):  # shapes are checked in tests; a bare GPU machine need not have jaxtyping
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 FEWEST = 5  # pairs: their 24 matchings reach no p below 0.04
 LEFT_OUT = 0.05  # share of the words, those that gained most, that a claim must survive without
@@ -79,23 +79,25 @@ def change(before: np.ndarray | Tensor, after: np.ndarray | Tensor) -> Change:
     return Change(gains, spread if spread > rounding else 0.0)
 
 
-def scaled(similarities: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+def scaled(
+    similarities: Float[np.ndarray, "n m"], mismatches: Bool[np.ndarray, "n m"] | None = None
+) -> Float[np.ndarray, "n m"]:
     """Similarities, double-centred, in units of the spread that each one's row and column have over mismatches.
 
-    One spread for all would not do: where some words' cosines vary more than others' (at an attention sink, those of
-    long words), the error of that one spread shifts the gains of all pairs together, and no permutation sees it.
+    `mismatches` says which cells are these; None is all of a square matrix but its diagonal. One spread for all would
+    not do: where some words' cosines vary more than others' (at an attention sink, those of long words), the error of
+    that one spread shifts the gains of all pairs together, and no permutation sees it.
     """
-    n = len(similarities)
+    if mismatches is None:
+        mismatches = ~np.eye(len(similarities), dtype=bool)
     centred = double_centred(similarities)
-    squares = centred**2
-    np.fill_diagonal(squares, 0)
-    pairs = max(1, n - 1)
-    rows, columns = np.sqrt(squares.sum(1) / pairs), np.sqrt(squares.sum(0) / pairs)
-    unit = np.outer(rows, columns) / max(np.sqrt(squares.sum() / (pairs * n)), 1e-12)
+    squares = np.where(mismatches, centred**2, 0)
+    rows, columns = (np.sqrt(squares.sum(axis) / np.maximum(1, mismatches.sum(axis))) for axis in (1, 0))
+    unit = np.outer(rows, columns) / max(np.sqrt(squares.sum() / max(1, mismatches.sum())), 1e-12)
     return np.divide(centred, unit, out=np.zeros_like(centred), where=unit > 1e-12)
 
 
-def double_centred(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+def double_centred(matrix: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
     """The matrix without its row and column means."""
     if not len(matrix):
         return matrix
