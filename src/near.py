@@ -57,8 +57,8 @@ def near_test(
     `before` and `after` are the unit vectors of all n pairs, `relevant` their listed translations as in
     `measures.measure`; none of these serves as a near word. The kinds are
     - neighbours in the untouched model, at this layer and at its `best_layer`;
-    - the one word of the same language that training drew nearest: a topic that moved as a whole, of whatever size,
-      shows itself so, even where the untouched model hides it;
+    - the one word of the same language that training drew nearest, which finds a topic that moved as a whole, even
+      where the untouched model hides it;
     - given `spellings`, words alike in length and in spelling similarity.
 
     A pair's score is the share of its near words that gained less. If only what near words share had moved, the score

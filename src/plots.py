@@ -176,7 +176,7 @@ def _similarity_headline(table: Layers) -> str:
 def retrieval(table: Layers, pairs: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
     """Share of words whose nearest neighbour is a translation, over the layers, by CSLS and by plain cosine.
 
-    Beside a trained run's curves stands what the best layer of the untouched model reaches.
+    A dashed line beside a trained run's curves marks the untouched model's best layer.
     """
     trained = any(stage == "after" for stage, _, _ in table.values)
     curves = [("after", "control", AFTER), ("before", "control", BEFORE)] if trained else [("pilot", "all", AFTER)]
